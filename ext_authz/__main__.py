@@ -1,0 +1,4 @@
+from ext_authz.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A CEL condition: compiled at load, a non-match when it fails, never a grant.
+
+Source: the Common Expression Language (cel-spec), by the wheel `common-expression-language`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import cel
+
+MAX_LENGTH = 2048  # characters; the parser's stack and its error printer are not built for more
+MAX_NESTING = 32  # brackets open at once
+
+VARIABLES = frozenset({"claims", "request"})
+
+# Operators appear in Program.functions() as `_==_` and the like; these are the named functions that evaluate.
+FUNCTIONS = frozenset(
+    "size contains startsWith endsWith matches string int uint double bytes has type all exists exists_one map filter "
+    "max min duration timestamp getFullYear getMonth getDayOfYear getDayOfMonth getDate getDayOfWeek getHours "
+    "getMinutes getSeconds getMilliseconds".split()
+)
+
+_BINDERS = re.compile(r"\.\s*(?:all|exists|exists_one|existsOne|map|filter)\s*\(\s*([A-Za-z_]\w*)\s*,")
+_STRINGS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
+
+
+class Truth(Enum):
+    """The three outcomes of a condition. ERROR counts as a non-match."""
+
+    YES = "yes"
+    NO = "no"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """A compiled condition. `where` is its place in the policy (`clearance[0].when`), `line` its line there."""
+
+    source: str
+    where: str
+    line: int
+    reads: frozenset[str]
+    program: cel.Program
+
+    def holds(self, context: cel.Context) -> Truth:
+        """Whether the condition is true of `context`; anything but a CEL `true` or `false` is an ERROR."""
+        try:
+            value = self.program.execute(context)
+        except Exception:  # the binding raises KeyError, TypeError, ValueError and RuntimeError: all mean "no answer"
+            return Truth.ERROR
+        return Truth.YES if value is True else Truth.NO if value is False else Truth.ERROR
+
+
+def context(claims: Mapping[str, Any], request: Mapping[str, Any] | None = None) -> cel.Context:
+    """The variables a condition may read. Build it once and evaluate many conditions with it."""
+    variables: dict[str, Any] = {"claims": dict(claims)}
+    if request is not None:
+        variables["request"] = dict(request)
+    return cel.Context(variables=variables)
+
+
+def compile_condition(source: str, where: str, line: int, allowed: frozenset[str] = VARIABLES) -> Condition:
+    """Compile `source`; raise ValueError, in one line, if it does not parse or reads what is not in `allowed`."""
+    bare = _STRINGS.sub('""', source)
+    if len(source) > MAX_LENGTH:
+        raise ValueError(f"expression of {len(source)} characters, at most {MAX_LENGTH} are read")
+    if _nesting(bare) > MAX_NESTING:
+        raise ValueError(f"expression nested over {MAX_NESTING} brackets deep")
+    try:
+        program = cel.compile(source)
+    except ValueError as e:
+        raise ValueError(_first_line(str(e))) from None
+    bound = frozenset(_BINDERS.findall(bare))
+    reads = frozenset(program.variables()) - bound
+    if unknown := sorted(reads - VARIABLES):
+        raise ValueError(f"unknown variable `{unknown[0]}`; a condition reads {_names(allowed)}")
+    if forbidden := sorted(reads - allowed):
+        raise ValueError(f"`{forbidden[0]}` cannot be read here; this condition reads {_names(allowed)}")
+    if unknown := sorted(f for f in program.functions() if f not in FUNCTIONS and not f.startswith(("_", "@", "!", "-"))):
+        raise ValueError(f"unknown function `{unknown[0]}`")
+    return Condition(source, where, line, reads, program)
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth -= 1
+    return deepest
+
+
+def _names(names: frozenset[str]) -> str:
+    return " and ".join(f"`{n}`" for n in sorted(names))
+
+
+def _first_line(message: str) -> str:
+    """`Failed to parse expression 'X': ERROR: <input>:1:8: Syntax error: ...` without the expression and the art."""
+    found = re.search(r"<input>:\d+:(\d+): (.*)", message)
+    return f"{found[2]} (at character {found[1]})" if found else message.splitlines()[0]

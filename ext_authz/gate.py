@@ -1,0 +1,108 @@
+"""The gate: which experts does this request name? Pure; every malformed answer is a refusal, never the default list."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ext_authz import strict_json
+from ext_authz.model import Reason, Refusal, Request
+from ext_authz.policy import GateRule, Policy
+
+MAX_NAMES = 64
+MAX_NAME_LENGTH = 64  # bytes; a name is visible ASCII, so characters too
+MAX_DEPTH = 32  # nesting of a JSON body
+REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-target-cluster
+PARTIAL_BODY = "x-envoy-auth-partial-body"
+
+_NAME = re.compile(r"[!-+\--:<-~]+", re.ASCII)  # visible ASCII without comma and semicolon
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
+_ABSENT = object()
+
+Names = tuple[str, ...]
+
+
+def read(policy: Policy, request: Request) -> Names | Refusal:
+    """The names that the request asks for, in its order and de-duplicated, or why they cannot be read."""
+    rule = next((r for r in policy.gate if r.covers(request.path)), None)
+    if rule is None:
+        return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
+    if rule.header is not None:
+        return _from_header(policy, rule, request)
+    if rule.pointer is not None:
+        return _from_body(rule, rule.pointer, request)
+    return _default(rule)
+
+
+def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:
+    header = rule.header or ""
+    if header in request.repeated:
+        return _bad(f"header {_shown(header)} came more than once")
+    value = request.headers.get(header)
+    if value is None:
+        return _default(rule)
+    names = [part.strip(" \t") for part in value.split(",")]
+    if header == REQUESTED_CLUSTER:
+        names = [policy.clusters.get(n, n) for n in names]
+    return _checked([n for n in names if n], f"header {_shown(header)}")
+
+
+def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Names | Refusal:
+    encoding = request.headers.get("content-encoding", "identity")
+    if "content-encoding" in request.repeated or encoding.strip().lower() != "identity":
+        return _bad("the body is compressed")
+    if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
+        return _bad("the body is incomplete")
+    if not request.body:
+        return _default(rule)
+    try:
+        value = strict_json.loads(request.body, MAX_DEPTH)
+    except ValueError as e:
+        return _bad(f"the body {e}")
+    where = "body member /" + "/".join(pointer)
+    found = _resolve(value, pointer)
+    if found is _ABSENT:
+        return _default(rule)
+    if isinstance(found, str):
+        found = [found]
+    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+        return _bad(f"{where} is not a string or a list of strings")
+    return _checked(found, where)
+
+
+def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
+    """RFC 6901 evaluation; _ABSENT if an object lacks the member, None (a wrong type) if the way leads through a scalar."""
+    for token in pointer:
+        if isinstance(value, dict):
+            value = value.get(token, _ABSENT)
+        elif isinstance(value, list):
+            value = value[int(token)] if _INDEX.fullmatch(token) and int(token) < len(value) else _ABSENT
+        else:
+            return None
+        if value is _ABSENT:
+            return _ABSENT
+    return value
+
+
+def _checked(names: list[str], where: str) -> Names | Refusal:
+    if not names:
+        return Refusal(Reason.NO_EXPERTS_REQUESTED, f"{where} names no expert")
+    if len(names) > MAX_NAMES:
+        return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are read")
+    if any(len(n) > MAX_NAME_LENGTH or not _NAME.fullmatch(n) for n in names):
+        return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
+    return tuple(dict.fromkeys(names))
+
+
+def _default(rule: GateRule) -> Names | Refusal:
+    if rule.default:
+        return rule.default
+    return Refusal(Reason.NO_EXPERTS_REQUESTED, "the request names no expert and the gate has no default")
+
+
+def _bad(detail: str) -> Refusal:
+    return Refusal(Reason.BAD_GATE, detail)
+
+
+def _shown(header: str) -> str:
+    return "x-target-cluster" if header == REQUESTED_CLUSTER else header

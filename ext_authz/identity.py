@@ -1,0 +1,215 @@
+"""Who is calling? A request's token to a verified Identity, or a refusal. Pure; `now` comes in, in seconds since the epoch.
+
+The rules of form are stricter than the RFCs (docs/tokens.md lists them); PyJWT does the cryptography after them.
+Sources: RFC 7515 (JWS), RFC 7519 (JWT), RFC 8725 (JWT best current practices), RFC 6750 (Bearer).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+
+from ext_authz import strict_json
+from ext_authz.jwk import Key
+from ext_authz.model import Claims, Identity, Reason, Refusal, Request
+from ext_authz.policy import TOKEN_HEADERS, Issuer, Policy, clearance
+
+MAX_TOKEN = 16 * 1024  # bytes
+MAX_SUBJECT = 1024  # bytes
+MAX_DEPTH = 16
+_MAX_TIME = 2**53
+
+Keys = Mapping[str, tuple[Key, ...]]
+
+_TYPES = frozenset({"jwt", "at+jwt"})
+_FORBIDDEN_HEADERS = frozenset({"crit", "b64", "zip"})
+_PART = re.compile(rb"[A-Za-z0-9_-]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ ]+) *")
+_SIGNATURES = jwt.PyJWS()
+
+
+def token_of(request: Request) -> str | None | Refusal:
+    """The one token of the request: None if it has none, a refusal if it has several or they are ill-formed."""
+    present = [name for name in TOKEN_HEADERS if name in request.headers]
+    if not present:
+        return None
+    if len(present) > 1 or present[0] in request.repeated:
+        return _invalid("more than one token")
+    value = request.headers[present[0]]
+    if len(value) > MAX_TOKEN + len("Bearer "):
+        return _invalid(f"the token is over {MAX_TOKEN} bytes")
+    if present[0] == "authorization":
+        bearer = _BEARER.fullmatch(value)
+        return bearer[1] if bearer else _invalid("the authorization header is not `Bearer TOKEN`")
+    return value
+
+
+def anonymous(policy: Policy) -> Identity | Refusal:
+    """The caller without a token: the policy's anonymous tier, or 401."""
+    if policy.anonymous is None:
+        return Refusal(Reason.TOKEN_REQUIRED, "a token is required")
+    return Identity(policy.anonymous)
+
+
+def verify(policy: Policy, keys: Keys, token: str, now: float) -> Identity | Refusal:
+    """The identity that `token` proves at time `now`, or why it proves none."""
+    try:
+        parsed = _parse(token)
+        issuer = _issuer(policy, parsed)
+        alg = _algorithm(issuer, parsed.header)
+    except _BadToken as e:
+        return _invalid(str(e))
+    known = keys.get(issuer.issuer)
+    if known is None:
+        return Refusal(Reason.KEYS_UNAVAILABLE, "the keys of the token's issuer are not loaded yet", issuer.issuer)
+    try:
+        key = _key(known, parsed.header, alg)
+        if key is None:
+            return Refusal(Reason.INVALID_TOKEN, "no key of the issuer fits the token", issuer.issuer)
+        _signature(token, key, alg)
+        expires = _claims(policy, issuer, parsed.claims, now)
+    except _BadToken as e:
+        return _invalid(str(e))
+    tier, errors = clearance(policy, parsed.claims)
+    return Identity(tier, parsed.claims.get("sub", ""), issuer.issuer, parsed.claims, expires, errors)
+
+
+class _BadToken(Exception):
+    """Unwinds to `verify`, which turns it into a Refusal. Its text never holds any of the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    header: Mapping[str, Any]
+    claims: Claims
+
+
+def _parse(token: str) -> _Parsed:
+    if len(token) > MAX_TOKEN:
+        raise _BadToken(f"the token is over {MAX_TOKEN} bytes")
+    try:
+        parts = token.encode("ascii").split(b".")
+    except UnicodeEncodeError:
+        raise _BadToken("the token is not ASCII") from None
+    if len(parts) != 3:
+        raise _BadToken("the token does not have three parts")
+    header, claims, _ = (_base64url(p) for p in parts)
+    return _Parsed(_object(header, "header"), _object(claims, "claims"))
+
+
+def _base64url(part: bytes) -> bytes:
+    """RFC 7515 §2 without padding; a text that another encoder would not have written is refused."""
+    if not _PART.fullmatch(part):
+        raise _BadToken("a part of the token is not base64url")
+    try:
+        data = base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
+    except binascii.Error:
+        raise _BadToken("a part of the token is not base64url") from None
+    if base64.urlsafe_b64encode(data).rstrip(b"=") != part:
+        raise _BadToken("a part of the token has unused bits set")
+    return data
+
+
+def _object(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = strict_json.loads(data, MAX_DEPTH)
+    except ValueError as e:
+        raise _BadToken(f"the token's {what} {e}") from None
+    if not isinstance(value, dict):
+        raise _BadToken(f"the token's {what} is not an object")
+    return value
+
+
+def _issuer(policy: Policy, parsed: _Parsed) -> Issuer:
+    iss = parsed.claims.get("iss")
+    issuer = policy.issuers.get(iss) if isinstance(iss, str) else None
+    if issuer is None:
+        raise _BadToken("the token's issuer is not trusted")
+    return issuer
+
+
+def _algorithm(issuer: Issuer, header: Mapping[str, Any]) -> str:
+    """The token's algorithm, once its header breaks no rule. `jwk`, `jku`, `x5u` and `x5c` are never read."""
+    alg = header.get("alg")
+    if not isinstance(alg, str) or alg not in issuer.algorithms:
+        raise _BadToken("the token's algorithm is not one of its issuer's")
+    if _FORBIDDEN_HEADERS.intersection(header):
+        raise _BadToken("the token's header has an extension that is not supported")
+    if not isinstance(header.get("kid", ""), str):
+        raise _BadToken("the token's key id is not a string")
+    if "typ" in header:
+        typ = header["typ"]
+        if not isinstance(typ, str) or typ.lower().removeprefix("application/") not in _TYPES:
+            raise _BadToken("the token's type is not JWT")
+    return alg
+
+
+def _key(known: tuple[Key, ...], header: Mapping[str, Any], alg: str) -> Key | None:
+    """The key the token names; without a `kid` the one key that fits, if only one does."""
+    fitting = [k for k in known if alg in k.algorithms]
+    if "kid" in header:
+        return next((k for k in fitting if k.kid == header["kid"]), None)
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _signature(token: str, key: Key, alg: str) -> None:
+    try:
+        _SIGNATURES.decode(token, key.material, algorithms=[alg], options={"verify_signature": True})
+    except (jwt.PyJWTError, ValueError, TypeError):
+        raise _BadToken("the token's signature is not valid") from None
+
+
+def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float:
+    """Check the registered claims (RFC 7519 §4.1); return when the token ends, leeway included."""
+    aud = claims.get("aud")
+    audiences = [aud] if isinstance(aud, str) else aud
+    if not isinstance(audiences, list) or not all(isinstance(a, str) for a in audiences):
+        raise _BadToken("the token has no usable audience")
+    if issuer.audiences.isdisjoint(audiences):
+        raise _BadToken("the token is for another audience")
+    exp, nbf, iat = (_time(claims, name) for name in ("exp", "nbf", "iat"))
+    if exp is None:
+        raise _BadToken("the token has no expiry")
+    if now >= exp + policy.leeway:
+        raise _BadToken("the token has expired")
+    if nbf is not None and now < nbf - policy.leeway:
+        raise _BadToken("the token is not valid yet")
+    if iat is not None and now < iat - policy.leeway:
+        raise _BadToken("the token was issued in the future")
+    sub = claims.get("sub", "")
+    if not isinstance(sub, str) or len(sub) > MAX_SUBJECT or _CONTROL.search(sub) or len(sub.encode()) > MAX_SUBJECT:
+        raise _BadToken("the token's subject is not usable")
+    _unrevoked(policy, claims, iat)
+    return exp + policy.leeway
+
+
+def _unrevoked(policy: Policy, claims: Claims, iat: float | None) -> None:
+    revoked = policy.revoked
+    jti = claims.get("jti")
+    if jti is not None and not isinstance(jti, str):
+        raise _BadToken("the token's id is not a string")
+    if jti in revoked.jti or claims.get("sub") in revoked.sub:
+        raise _BadToken("the token is revoked")
+    if revoked.issued_before is not None and (iat is None or iat < revoked.issued_before):
+        raise _BadToken("the token is revoked: it was issued too early")
+
+
+def _time(claims: Claims, name: str) -> float | None:
+    """A NumericDate (RFC 7519 §2): a finite JSON number, in seconds since the epoch; None if absent."""
+    if name not in claims:
+        return None
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_TIME < value < _MAX_TIME:
+        raise _BadToken(f"the token's {name} is not a time")
+    return float(value)
+
+
+def _invalid(detail: str) -> Refusal:
+    return Refusal(Reason.INVALID_TOKEN, detail)

@@ -1,0 +1,133 @@
+"""`srp serve`: the parts put together, started in order, stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc
+import uvloop
+from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
+
+from ext_authz import __version__
+from ext_authz.check import Snapshot
+from ext_authz.keys import KeyStore
+from ext_authz.metrics import Tally, gauge, registry
+from ext_authz.policy import Policy
+from ext_authz.reload import Control
+from ext_authz.server import Authorization, Epoch, Server
+from ext_authz.settings import Settings
+from ext_authz.status import StatusListener
+from ext_authz.xds import Ads
+
+log = logging.getLogger("srp")
+
+_NOBODY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # until the first policy: refuses everyone
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a record, on one line whatever the record holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry = {
+            "time": f"{stamp}.{record.msecs:03.0f}Z", "level": record.levelname.lower(),
+            "logger": record.name, "message": record.getMessage(),
+        }  # fmt: skip
+        if record.exc_info and record.exc_info[0]:
+            entry["error"] = record.exc_info[0].__name__
+        return json.dumps(entry)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. PolicyError or OSError if it cannot start."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopping.set)
+    began = time.time()
+    tally, ads = Tally(), Ads()
+    async with AsyncExitStack() as stack:
+        keys = KeyStore()
+        stack.push_async_callback(keys.close)
+        authorization = Authorization(_NOBODY, keys, tally)
+        control = Control(settings.policy, keys, ads, lambda epoch: setattr(authorization, "epoch", epoch))
+        stack.push_async_callback(control.close)
+        await control.start()
+
+        def report() -> dict[str, Any]:
+            return _report(began, control, keys, ads, tally)
+
+        def families() -> Iterator[Metric]:
+            return _families(control, keys, ads)
+
+        if settings.status is not None:
+            status = StatusListener(*settings.status, registry(tally.families, families), report)
+            await status.start()
+            stack.push_async_callback(status.stop)
+            log.info("status on http://%s:%d", settings.status[0], status.port)
+        handlers: tuple[grpc.GenericRpcHandler, ...] = (authorization.handlers(), ads.handlers())
+        server = Server(settings.listen, *handlers, max_concurrent=settings.max_concurrent)
+        await server.start()
+        stack.push_async_callback(server.stop, settings.drain)
+        stack.push_async_callback(ads.close)
+        log.info("srp %s listens on %s", __version__, server.address)
+        watching = asyncio.create_task(control.watch())
+        try:
+            stopped = asyncio.create_task(stopping.wait())
+            await asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+                raise RuntimeError("the policy is not watched any more")
+        finally:
+            for task in (watching, stopped):
+                task.cancel()
+            await asyncio.gather(watching, stopped, return_exceptions=True)
+        log.info("draining for up to %g s", settings.drain)
+
+
+def _report(began: float, control: Control, keys: KeyStore, ads: Ads, tally: Tally) -> dict[str, Any]:
+    now = time.time()
+    policy = dataclasses.asdict(control.status)
+    policy["age_seconds"] = round(now - policy.pop("since"), 3)
+    return {
+        "version": __version__,
+        "uptime_seconds": round(now - began, 3),
+        "policy": policy,
+        "envoy": {"connected": ads.connected, "acknowledged": ads.acknowledged, "last_error": ads.last_error},
+        "keys": [dataclasses.asdict(k) for k in keys.status()],
+        "decisions": {f"{verdict}/{reason}": n for (verdict, reason), n in sorted(tally.decisions.items())},
+        "rpc_errors": tally.rpc_errors,
+    }
+
+
+def _families(control: Control, keys: KeyStore, ads: Ads) -> Iterator[Metric]:
+    status = control.status
+    yield InfoMetricFamily("srp_policy", "The policy in force.", value={"digest": status.digest})
+    yield gauge("srp_policy_since_seconds", "When the policy came into force, in epoch seconds.", status.since)
+    yield gauge("srp_policy_error", "1 while the newest policy file is refused.", float(status.error is not None))
+    yield CounterMetricFamily("srp_policy_reloads", "Policies put in force after the first.", value=status.reloads)
+    yield CounterMetricFamily("srp_policy_failures", "Policy files refused.", value=status.failures)
+    yield gauge("srp_envoy_connected", "Envoys connected to ADS.", ads.connected)
+    fetches = CounterMetricFamily("srp_key_fetches", "Fetches of an issuer's keys.", labels=["issuer"])
+    failures = CounterMetricFamily("srp_key_failures", "Failed fetches of an issuer's keys.", labels=["issuer"])
+    for key in keys.status():
+        fetches.add_metric([key.issuer], key.fetches)
+        failures.add_metric([key.issuer], key.failures)
+    yield fetches
+    yield failures

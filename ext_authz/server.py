@@ -1,0 +1,182 @@
+"""The gRPC server: Check, health and ADS on one socket. `wire.read → check → wire.write`, nothing else per request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket as sockets
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from ext_authz import wire
+from ext_authz.check import Snapshot, check
+from ext_authz.metrics import Tally
+from ext_authz.model import Decision, Refusal, refuse
+
+SERVICE = "envoy.service.auth.v3.Authorization"
+MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of headers
+MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy answers 503
+DRAIN = 10.0  # seconds
+KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
+
+log = logging.getLogger("srp.server")
+
+
+class FreshKeys(Protocol):
+    """The part of the key store a check needs."""
+
+    async def refresh(self, issuer: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """A snapshot with the writer of its answers."""
+
+    snapshot: Snapshot
+    writer: wire.Writer
+
+    @staticmethod
+    def of(snapshot: Snapshot) -> Epoch:
+        return Epoch(snapshot, wire.Writer(snapshot.policy))
+
+
+class Authorization:
+    """Answers Check. `epoch` is replaced whole when the policy or the keys change."""
+
+    def __init__(
+        self, epoch: Epoch, keys: FreshKeys, tally: Tally, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.epoch = epoch
+        self._keys = keys
+        self._tally = tally
+        self._clock = clock
+        self._seen_errors: set[str] = set()
+
+    async def check(self, data: bytes, context: Any = None) -> bytes:
+        """One serialised CheckRequest to one serialised CheckResponse. Never raises but for cancellation."""
+        began = time.perf_counter()
+        epoch = self.epoch
+        try:
+            request = wire.read(data)
+            outcome = check(epoch.snapshot, request, self._clock())
+            if isinstance(outcome, Refusal):
+                await self._fresh(outcome.issuer or "")
+                epoch = self.epoch
+                outcome = check(epoch.snapshot, request, self._clock())
+                if isinstance(outcome, Refusal):
+                    outcome = refuse(outcome)
+            answer = epoch.writer.write(outcome)
+        except Exception as e:  # the one broad except: whatever went wrong, the answer is no
+            self._failed(e)
+            outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL)
+        self._count(outcome, time.perf_counter() - began)
+        return answer
+
+    async def _fresh(self, issuer: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._keys.refresh(issuer), KEY_WAIT)
+
+    def _count(self, decision: Decision, seconds: float) -> None:
+        self._tally.decided(decision, seconds)
+        if decision.errors:
+            self._tally.condition_errors.update(decision.errors)
+            for where in set(decision.errors) - self._seen_errors:
+                self._seen_errors.add(where)
+                log.warning("condition %s could not be evaluated for a caller: counted as no match", where)
+
+    def _failed(self, error: Exception) -> None:
+        """Log where it failed, not what: an exception's text may hold a part of the request."""
+        self._tally.rpc_errors += 1
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+        log.error("check failed: %s at %s", type(error).__name__, place)
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Check as a handler on bytes: no serialiser runs but ours."""
+        method = grpc.unary_unary_rpc_method_handler(self.check)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Check": method})
+
+
+class Server:
+    """A grpc.aio server on `listen`: `unix:PATH` (mode 0660) or HOST:PORT (port 0 picks one, see `address`)."""
+
+    def __init__(self, listen: str, *handlers: grpc.GenericRpcHandler, max_concurrent: int = MAX_CONCURRENT) -> None:
+        self._listen = listen
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_concurrent_streams", max_concurrent + 16),
+            ],
+            maximum_concurrent_rpcs=max_concurrent,
+        )
+        self._grpc.add_generic_rpc_handlers(handlers)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)  # type: ignore[no-untyped-call]
+        self.address = listen
+
+    async def start(self) -> None:
+        """Listen and report SERVING. OSError if the address cannot be had."""
+        path = unix_path(self._listen)
+        if path is not None:
+            await asyncio.to_thread(_clear_stale, path)
+            # The socket is born with the umask's mode: nobody but owner and group may ever connect.
+            mask = os.umask(0o117)
+        try:
+            port = self._grpc.add_insecure_port(self._listen)
+            await self._grpc.start()
+        except RuntimeError as e:
+            raise OSError(f"cannot listen on {self._listen}: {e}") from None
+        finally:
+            if path is not None:
+                os.umask(mask)
+        if path is None:
+            self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        await self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float = DRAIN) -> None:
+        """Say NOT_SERVING, let what runs finish for `grace` seconds, close."""
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._grpc.stop(grace)
+        path = unix_path(self._listen)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    async def _report(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+def unix_path(listen: str) -> Path | None:
+    """The path of a `unix:` address, else None."""
+    return Path(listen.removeprefix("unix:")) if listen.startswith("unix:") else None
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove a socket nobody answers on; OSError if somebody does, or if it is no socket."""
+    if not path.parent.is_dir():
+        raise OSError(f"cannot listen on {path}: its folder does not exist")
+    if len(os.fsencode(path)) > 100:
+        raise OSError(f"cannot listen on {path}: a socket's path is at most 100 bytes")
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise OSError(f"cannot listen on {path}: it exists and is no socket")
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(f"cannot listen on {path}: another server is using it")

@@ -1,0 +1,74 @@
+"""What `srp serve` needs to know, read once from flags and SRP_* variables; all mistakes are told at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The server's settings. `status` None: no HTTP listener. `drain` is in seconds."""
+
+    policy: Path
+    listen: str = "unix:/run/srp/ext_authz.sock"
+    status: tuple[str, int] | None = ("127.0.0.1", 9902)
+    drain: float = 10.0
+    max_concurrent: int = 1024
+    log_level: str = "info"
+
+
+def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    """The flags of `srp serve`; each has a variable SRP_NAME that stands in for it."""
+
+    def flag(name: str, default: str | None, text: str) -> None:
+        variable = f"SRP_{name.upper().replace('-', '_')}"
+        shown = f"default: {default}; " if default else ""
+        parser.add_argument(
+            f"--{name}", default=environ.get(variable, default), metavar=name.upper(), help=f"{text} ({shown}{variable})"
+        )
+
+    flag("policy", None, "the policy file; its folder is watched")
+    flag("listen", "unix:/run/srp/ext_authz.sock", "gRPC address: unix:PATH or HOST:PORT")
+    flag("status", "127.0.0.1:9902", "HTTP address of /healthz, /metrics and /status, or `off`")
+    flag("drain", "10", "seconds that running checks get to finish at SIGTERM")
+    flag("max-concurrent", "1024", "checks in flight; more are refused and Envoy answers 503")
+    flag("log-level", "info", "debug, info, warning or error")
+
+
+def read(args: argparse.Namespace) -> Settings:
+    """Settings from parsed flags; ValueError with one line for each mistake."""
+    mistakes: list[str] = []
+    if not args.policy:
+        mistakes.append("--policy is needed")
+    status = None if args.status == "off" else _address(args.status, "--status", mistakes)
+    if not args.listen.startswith("unix:"):
+        _address(args.listen, "--listen", mistakes)
+    drain = _number(args.drain, "--drain", 0, 3600, mistakes)
+    concurrent = _number(args.max_concurrent, "--max-concurrent", 1, 100_000, mistakes)
+    if args.log_level not in ("debug", "info", "warning", "error"):
+        mistakes.append(f"--log-level: expected debug, info, warning or error, found `{args.log_level}`")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return Settings(Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level)
+
+
+def _address(text: str, flag: str, mistakes: list[str]) -> tuple[str, int] | None:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
+        mistakes.append(f"{flag}: expected HOST:PORT, found `{text}`")
+        return None
+    return host.strip("[]"), int(port)
+
+
+def _number(text: str, flag: str, low: float, high: float, mistakes: list[str]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        mistakes.append(f"{flag}: expected a number from {low} to {high}, found `{text}`")
+        return low
+    return value

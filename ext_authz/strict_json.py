@@ -1,0 +1,65 @@
+"""JSON that cannot mean two things: UTF-8, no duplicate names, no NaN or Infinity, bounded nesting.
+
+Source: RFC 8259, with the stricter reading of RFC 7493 (I-JSON) §2.3 on duplicate names.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def loads(data: bytes, max_depth: int = 16) -> Any:
+    """The value of a JSON text; ValueError, in one line and without the text itself, if it is not strict JSON."""
+    if data.startswith(_BOM):
+        raise ValueError("starts with a byte order mark")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    try:
+        value = _decode(text)
+    except RecursionError:
+        raise ValueError(f"is nested over {max_depth} deep") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"is not JSON: {e.msg} at byte {e.pos}") from None
+    # Few brackets cannot nest deep: the exact walk is for the texts that could.
+    if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
+        raise ValueError(f"is nested over {max_depth} deep")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("has a duplicate name in an object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError("holds a number of over 400 digits")
+    return int(text)
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer).decode
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ] if isinstance(level[0], (dict, list)) else []  # fmt: skip
+        if not level:
+            return False
+    return True

@@ -1,0 +1,176 @@
+"""Bytes to Request, Decision to bytes: the only room that knows Envoy's messages.
+
+Source: envoy.service.auth.v3 (`CheckRequest`, `CheckResponse`) and the header table in README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from itertools import count
+from typing import Any
+from urllib.parse import quote
+from weakref import WeakKeyDictionary
+
+from envoy_data_plane.envoy.service.auth.v3 import CheckRequest, CheckResponse
+from google.protobuf.message import DecodeError
+
+from ext_authz.gate import REQUESTED_CLUSTER
+from ext_authz.model import Decision, Reason, Request, Verdict
+from ext_authz.policy import TOKEN_HEADERS, Expert, Policy
+from ext_authz.twin import twins
+
+_TWINS = twins(CheckRequest, CheckResponse)
+_CheckRequest: Any = _TWINS[CheckRequest]
+_CheckResponse: Any = _TWINS[CheckResponse]
+
+_UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
+_VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
+_RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
+
+
+def read(data: bytes) -> Request:
+    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
+
+    Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
+    """
+    try:
+        http = _CheckRequest.FromString(data).attributes.request.http
+    except DecodeError:
+        raise ValueError("not a CheckRequest") from None
+    if http.headers:
+        raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
+    headers: dict[str, str] = {}
+    repeated: list[str] = []
+    for header in http.header_map.headers:
+        name = header.key
+        if name in headers:
+            repeated.append(name)
+        else:
+            headers[name] = header.raw_value.decode("latin-1")
+    path = http.path.partition("?")[0]
+    return Request(http.method, path, headers, http.raw_body or http.body.encode(), frozenset(repeated))
+
+
+class Writer:
+    """Decisions of one policy to response bytes. What it makes of a decision lives as long as the decision does."""
+
+    __slots__ = ("_ids", "_policy", "_prepared", "_sentinel")
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
+        self._sentinel = secrets.token_hex(8)
+        self._ids = count(secrets.randbits(64))
+        self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
+
+    def write(self, decision: Decision) -> bytes:
+        """A serialised CheckResponse with an id of its own."""
+        parts = self._prepared.get(decision)
+        if parts is None:
+            build = _ok if decision.serve else _denied
+            response = build(self._policy, decision, self._sentinel)
+            parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
+        # An odd multiplier permutes the 64-bit numbers: ids stay unique and do not tell how many came before.
+        decision_id = f"{next(self._ids) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF:016x}"
+        return decision_id.encode().join(parts)
+
+
+def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
+    response = _CheckResponse()
+    ok = response.ok_response
+    experts = [policy.experts[n] for n in decision.serve]
+    upstream = {
+        "x-target-cluster": ",".join(f"{e.cluster};w={e.weight}" for e in experts),
+        "x-srp-subject": quote(decision.subject, safe=_VISIBLE),
+        "x-srp-tier": decision.caller_tier or "",
+        "x-srp-decision-id": decision_id,
+        **_traffic(experts),
+    }
+    _set(ok.headers, {name: value for name, value in upstream.items() if value})
+    removed = [REQUESTED_CLUSTER, "x-srp-downgrade", *(() if policy.forward_token else TOKEN_HEADERS)]
+    ok.headers_to_remove.extend(removed)
+    _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
+    _metadata(response, policy, decision, decision_id)
+    return response
+
+
+def _denied(policy: Policy, decision: Decision, decision_id: str) -> Any:
+    response = _CheckResponse()
+    denied = response.denied_response
+    status = decision.status
+    response.status.code = {401: _UNAUTHENTICATED, 503: _UNAVAILABLE}.get(status, _PERMISSION_DENIED)
+    denied.status.code = status
+    headers = {"content-type": "application/json", "cache-control": "no-store", **_told(policy, decision, decision_id)}
+    if decision.reason is Reason.TOKEN_REQUIRED:
+        headers["www-authenticate"] = "Bearer"
+    elif status == 401:
+        described = decision.detail.translate({ord('"'): "'", ord("\\"): "/"})
+        headers["www-authenticate"] = f'Bearer error="invalid_token", error_description="{described}"'
+    elif status == 503:
+        headers["retry-after"] = "1"
+    _set(denied.headers, headers)
+    error = {
+        "code": decision.reason.value,
+        "message": decision.detail,
+        "requested": [*decision.requested, *decision.unknown],
+        "required_tier": decision.required_tier,
+        "caller_tier": decision.caller_tier,
+        "decision_id": decision_id,
+    }
+    denied.body = json.dumps({"error": error}) + "\n"
+    _metadata(response, policy, decision, decision_id)
+    return response
+
+
+def _told(policy: Policy, decision: Decision, decision_id: str) -> dict[str, str]:
+    """What the client is told, allowed or not (empty values are left out)."""
+    told = {
+        "x-srp-decision": decision.verdict.value,
+        "x-srp-reason": decision.reason.value,
+        "x-srp-requested": ",".join(decision.requested),
+        "x-srp-unknown": ",".join(decision.unknown),
+        "x-srp-decision-id": decision_id,
+        "x-srp-policy": policy.digest,
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _traffic(experts: list[Expert]) -> dict[str, str]:
+    """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout."""
+    timeouts = [e.traffic.timeout for e in experts]
+    timeout = 0.0 if 0 in timeouts else max(timeouts)
+    retry_5xx = all(e.traffic.retry_on == "5xx" for e in experts)
+    return {
+        "x-envoy-upstream-rq-timeout-ms": str(round(timeout * 1000)),
+        "x-envoy-max-retries": str(max(e.traffic.retries for e in experts)),
+        "x-envoy-retry-on": f"{_RETRY_SAFE},5xx" if retry_5xx else "",
+    }
+
+
+def _metadata(response: Any, policy: Policy, decision: Decision, decision_id: str) -> None:
+    """Dynamic metadata for Envoy's access log: no subject, no claim, no token."""
+    fields = response.dynamic_metadata.fields
+    texts = {
+        "decision_id": decision_id,
+        "decision": decision.verdict.value,
+        "reason": decision.reason.value,
+        "requested": ",".join(decision.requested),
+        "unknown": ",".join(decision.unknown),
+        "candidates": ",".join(decision.serve),
+        "caller_tier": decision.caller_tier or "",
+        "policy": policy.digest,
+    }
+    for name, text in texts.items():
+        fields[name].string_value = text
+
+
+def _set(options: Any, headers: dict[str, str]) -> None:
+    """Each header once, overwriting (`append` unset: envoy.config.core.v3.HeaderValueOption)."""
+    for name, value in headers.items():
+        option = options.add()
+        option.header.key = name
+        option.header.raw_value = value.encode("ascii", "replace")
+
+
+INTERNAL = Decision(Verdict.DENY, Reason.INTERNAL, detail="the request could not be decided")
