@@ -57,7 +57,9 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
     key = (caller, names, downgrade)
     decision = snapshot.decisions.get(key)
     if decision is None:
-        decision = snapshot.decisions[key] = decide(snapshot.policy, caller, names, request, downgrade)
+        decision = decide(snapshot.policy, caller, names, request, downgrade)
+        if not decision.unknown:  # names that anybody can invent would fill the memory
+            snapshot.decisions[key] = decision
     return decision
 
 

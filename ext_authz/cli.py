@@ -82,15 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     why.add_argument("--json", action="store_true", help="print JSON")
 
     token = command("token", _token, "mint a token with the demo key (never for production)")
-    token.add_argument("--dir", type=Path, default=Path(".demo"), metavar="DIR", help="where the demo key is (default: .demo)")
-    token.add_argument("--claim", action="append", default=[], metavar="NAME=VALUE", help="a claim; VALUE is JSON, or text")
+    token.add_argument(
+        "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="where the demo key is (default: .demo)"
+    )
+    token.add_argument(
+        "--claim", action="append", default=[], metavar="NAME=VALUE", help="a claim; VALUE is JSON, or text"
+    )
     token.add_argument("--ttl", default="1h", help="how long it is valid: 30s, 10m, 1h, 1d (default: 1h)")
 
     command("schema", _schema, "print the JSON Schema of the policy file, for editors")
 
     demo = command("demo", _demo, "run Envoy, ext_authz and the sample experts on loopback")
-    demo.add_argument("--dir", type=Path, default=Path(".demo"), metavar="DIR", help="policy, keys, tokens, logs (default: .demo)")
-    demo.add_argument("--port", type=int, default=9000, help="Envoy's port on 127.0.0.1, 0 for any free one (default: 9000)")
+    demo.add_argument(
+        "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="policy, keys, tokens, logs (default: .demo)"
+    )
+    demo.add_argument(
+        "--port", type=int, default=9000, help="Envoy's port on 127.0.0.1, 0 for any free one (default: 9000)"
+    )
     return parser
 
 
@@ -119,7 +127,9 @@ def _explain(args: argparse.Namespace) -> int:
     policy = policy_file.load(args.policy)
     names = [n.strip() for n in args.experts.split(",") if n.strip()]
     headers = {name.lower(): value for name, value in (_pair(h, "--header") for h in args.header)}
-    found = explain(policy, _caller(policy, args), names, Request(args.method, args.path, headers), not args.no_downgrade)
+    found = explain(
+        policy, _caller(policy, args), names, Request(args.method, args.path, headers), not args.no_downgrade
+    )
     print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found.text())
     return OK
 

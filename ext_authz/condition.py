@@ -20,10 +20,13 @@ VARIABLES = frozenset({"claims", "request"})
 
 # Operators appear in Program.functions() as `_==_` and the like; these are the named functions that evaluate.
 FUNCTIONS = frozenset(
-    "size contains startsWith endsWith matches string int uint double bytes has type all exists exists_one map filter "
-    "max min duration timestamp getFullYear getMonth getDayOfYear getDayOfMonth getDate getDayOfWeek getHours "
-    "getMinutes getSeconds getMilliseconds".split()
-)
+    (
+        "size", "contains", "startsWith", "endsWith", "matches", "string", "int", "uint", "double", "bytes", "has",
+        "type", "all", "exists", "exists_one", "map", "filter", "max", "min", "duration", "timestamp", "getFullYear",
+        "getMonth", "getDayOfYear", "getDayOfMonth", "getDate", "getDayOfWeek", "getHours", "getMinutes", "getSeconds",
+        "getMilliseconds",
+    )
+)  # fmt: skip
 
 _BINDERS = re.compile(r"\.\s*(?:all|exists|exists_one|existsOne|map|filter)\s*\(\s*([A-Za-z_]\w*)\s*,")
 _STRINGS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
@@ -51,17 +54,23 @@ class Condition:
         """Whether the condition is true of `context`; anything but a CEL `true` or `false` is an ERROR."""
         try:
             value = self.program.execute(context)
-        except Exception:  # the binding raises KeyError, TypeError, ValueError and RuntimeError: all mean "no answer"
+        except Exception:  # noqa: BLE001 - the binding raises KeyError, TypeError, ValueError, RuntimeError: "no answer"
             return Truth.ERROR
         return Truth.YES if value is True else Truth.NO if value is False else Truth.ERROR
 
 
 def context(claims: Mapping[str, Any], request: Mapping[str, Any] | None = None) -> cel.Context:
-    """The variables a condition may read. Build it once and evaluate many conditions with it."""
+    """The variables a condition may read. Build it once and evaluate many conditions with it.
+
+    Values that CEL cannot hold (half a surrogate pair in a claim) leave it empty: conditions that read it are ERROR.
+    """
     variables: dict[str, Any] = {"claims": dict(claims)}
     if request is not None:
         variables["request"] = dict(request)
-    return cel.Context(variables=variables)
+    try:
+        return cel.Context(variables=variables)
+    except ValueError:
+        return cel.Context(variables={})
 
 
 def compile_condition(source: str, where: str, line: int, allowed: frozenset[str] = VARIABLES) -> Condition:
@@ -76,12 +85,15 @@ def compile_condition(source: str, where: str, line: int, allowed: frozenset[str
     except ValueError as e:
         raise ValueError(_first_line(str(e))) from None
     bound = frozenset(_BINDERS.findall(bare))
+    if hidden := sorted(bound & VARIABLES):
+        raise ValueError(f"`{hidden[0]}` cannot name an element here: it is what a condition reads")
     reads = frozenset(program.variables()) - bound
     if unknown := sorted(reads - VARIABLES):
         raise ValueError(f"unknown variable `{unknown[0]}`; a condition reads {_names(allowed)}")
     if forbidden := sorted(reads - allowed):
         raise ValueError(f"`{forbidden[0]}` cannot be read here; this condition reads {_names(allowed)}")
-    if unknown := sorted(f for f in program.functions() if f not in FUNCTIONS and not f.startswith(("_", "@", "!", "-"))):
+    named = {f for f in program.functions() if not f.startswith(("_", "@", "!", "-"))}
+    if unknown := sorted(named - FUNCTIONS):
         raise ValueError(f"unknown function `{unknown[0]}`")
     return Condition(source, where, line, reads, program)
 

@@ -30,7 +30,7 @@ GRACE = 5.0  # seconds a child has to end
 TTL = 24 * 3600  # seconds a demo token is valid
 
 POLICY = """\
-# The demo's policy. Edit it while the demo runs: it is in force at once, or refused with the reason in logs/ext_authz.log.
+# The demo's policy. Edit it while the demo runs: it is in force at once, or refused and logs/ext_authz.log says why.
 # The demo starts one sample expert for each endpoint that stands here when it starts.
 version: 1
 tiers: [low, high]                # least to most privileged
@@ -112,9 +112,7 @@ def _write_tokens(directory: Path, keys: DemoKeys) -> None:
         path.write_text(keys.mint(claims, TTL) + "\n")
 
 
-def _start(
-    directory: Path, policy: Policy, envoy: str, sock: Path, port: int, status: int
-) -> Iterator[Child]:
+def _start(directory: Path, policy: Policy, envoy: str, sock: Path, port: int, status: int) -> Iterator[Child]:
     for expert in policy.experts.values():
         for number, endpoint in enumerate(expert.endpoints, 1):
             _taken(endpoint.port, f"delete {directory / 'policy.yaml'} to have new ports chosen")

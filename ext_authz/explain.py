@@ -85,7 +85,9 @@ def _lines(policy: Policy, decision: Decision) -> Iterable[Line]:
     for name in decision.requested:
         expert = policy.experts[name]
         if name not in struck:
-            rule, line = (expert.allow.where, expert.allow.line) if expert.allow else (f"experts.{name}.tier", expert.line)
+            rule, line = (
+                (expert.allow.where, expert.allow.line) if expert.allow else (f"experts.{name}.tier", expert.line)
+            )
             yield Line(name, True, "permitted", rule, line)
             continue
         found = struck[name]

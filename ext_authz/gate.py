@@ -71,12 +71,12 @@ def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Na
 
 
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
-    """RFC 6901 evaluation; _ABSENT if an object lacks the member, None (a wrong type) if the way leads through a scalar."""
+    """RFC 6901 evaluation; _ABSENT if the member or element is not there, None (a wrong type) if it could not be."""
     for token in pointer:
         if isinstance(value, dict):
             value = value.get(token, _ABSENT)
-        elif isinstance(value, list):
-            value = value[int(token)] if _INDEX.fullmatch(token) and int(token) < len(value) else _ABSENT
+        elif isinstance(value, list) and _INDEX.fullmatch(token):
+            value = value[int(token)] if int(token) < len(value) else _ABSENT
         else:
             return None
         if value is _ABSENT:

@@ -1,4 +1,4 @@
-"""Who is calling? A request's token to a verified Identity, or a refusal. Pure; `now` comes in, in seconds since the epoch.
+"""Who is calling? A request's token to a verified Identity, or a refusal. Pure; `now` is in seconds since the epoch.
 
 The rules of form are stricter than the RFCs (docs/tokens.md lists them); PyJWT does the cryptography after them.
 Sources: RFC 7515 (JWS), RFC 7519 (JWT), RFC 8725 (JWT best current practices), RFC 6750 (Bearer).
@@ -35,7 +35,7 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ ]+) *")
 _SIGNATURES = jwt.PyJWS()
 
 
-def token_of(request: Request) -> str | None | Refusal:
+def token_of(request: Request) -> str | Refusal | None:
     """The one token of the request: None if it has none, a refusal if it has several or they are ill-formed."""
     present = [name for name in TOKEN_HEADERS if name in request.headers]
     if not present:
@@ -101,7 +101,7 @@ def _parse(token: str) -> _Parsed:
     if len(parts) != 3:
         raise _BadToken("the token does not have three parts")
     header, claims, _ = (_base64url(p) for p in parts)
-    return _Parsed(_object(header, "header"), _object(claims, "claims"))
+    return _Parsed(_object(header, "header"), _object(claims, "payload"))
 
 
 def _base64url(part: bytes) -> bytes:
@@ -193,7 +193,7 @@ def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float
 def _unrevoked(policy: Policy, claims: Claims, iat: float | None) -> None:
     revoked = policy.revoked
     jti = claims.get("jti")
-    if jti is not None and not isinstance(jti, str):
+    if "jti" in claims and not isinstance(jti, str):
         raise _BadToken("the token's id is not a string")
     if jti in revoked.jti or claims.get("sub") in revoked.sub:
         raise _BadToken("the token is revoked")

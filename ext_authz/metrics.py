@@ -15,7 +15,7 @@ BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0
 
 
 class Tally:
-    """The counts of one server. Label sets are bounded: verdicts and reasons are enums, experts come from the policy."""
+    """The counts of one server. Label sets are bounded: verdicts and reasons are enums, experts are the policy's."""
 
     __slots__ = ("condition_errors", "decisions", "experts", "latency", "latency_sum", "rpc_errors")
 
@@ -49,7 +49,7 @@ class Tally:
         yield experts
         errors = CounterMetricFamily(
             "srp_condition_errors",
-            "Evaluations of a policy condition that failed, each a non-match.",
+            "Decisions for which a condition could not be evaluated: a non-match.",
             labels=["condition"],
         )
         for condition, n in sorted(self.condition_errors.items()):

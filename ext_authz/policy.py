@@ -131,7 +131,7 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The whole policy, compiled and immutable. `digest` names its text; `anonymous` None refuses callers without a token.
+    """The whole policy, compiled and immutable. `digest` names its text; `anonymous` None: a token is required.
 
     `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts.
     """
@@ -152,11 +152,11 @@ class Policy:
 
 
 def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
-    """The tier that verified claims earn (first rule that holds, else the lowest), and the rules that failed to evaluate."""
+    """The tier that verified claims earn (first rule that holds, else the lowest), and the rules that failed."""
     if not policy.clearance:
         return 0, ()
     variables = context(claims)
-    errors = []
+    errors: list[str] = []
     for rule in policy.clearance:
         truth = rule.when.holds(variables)
         if truth is Truth.YES:
@@ -180,7 +180,7 @@ def decide(
     if not requested:
         reason = Reason.UNKNOWN_EXPERT if unknown else Reason.NO_EXPERTS_REQUESTED
         detail = f"no such expert: {', '.join(unknown)}" if unknown else "the request names no expert"
-        return Decision(Verdict.DENY, reason, unknown=unknown, detail=detail, caller_tier=tier)
+        return Decision(Verdict.DENY, reason, unknown=unknown, detail=detail, caller_tier=tier, errors=caller.errors)
 
     bench = _Bench(policy, caller, request)
     serve = bench.permitted(requested)
@@ -189,8 +189,8 @@ def decide(
     struck = tuple(s for n in requested if (s := bench.strike(n)))
     needed = [policy.experts[s.expert].tier for s in struck if s.reason is Reason.TIER_TOO_LOW]
     common: dict[str, Any] = {
-        "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier,
-        "subject": caller.subject, "required_tier": policy.tiers[min(needed)] if needed else None, "errors": tuple(bench.errors),
+        "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier, "subject": caller.subject,
+        "required_tier": policy.tiers[min(needed)] if needed else None, "errors": (*caller.errors, *bench.errors),
     }  # fmt: skip
     if serve == requested:
         return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, **common)
@@ -228,7 +228,8 @@ class _Bench:
         if expert.allow is None:
             return None
         if self._variables is None:
-            self._variables = context(self._caller.claims, readable(self._request) if self._policy.reads_request else None)
+            request = readable(self._request) if self._policy.reads_request else None
+            self._variables = context(self._caller.claims, request)
         truth = expert.allow.holds(self._variables)
         if truth is Truth.ERROR:
             self.errors.append(expert.allow.where)
@@ -239,7 +240,7 @@ TOKEN_HEADERS = ("authorization", "x-expert-access-token")
 
 
 def readable(request: Request) -> dict[str, Any]:
-    """What a condition may read of a request: method, path without query, and headers, but never the token or a repeated one."""
+    """What a condition may read of a request: method, path without query, headers but no token and no repeated one."""
     hidden = request.repeated.union(TOKEN_HEADERS)
     headers = {k: v for k, v in request.headers.items() if k not in hidden and not k.startswith(":")}
     return {"method": request.method, "path": request.path, "headers": headers}
@@ -247,5 +248,6 @@ def readable(request: Request) -> dict[str, Any]:
 
 def _explain(policy: Policy, struck: Struck, tier: str) -> str:
     if struck.reason is Reason.TIER_TOO_LOW:
-        return f"expert {struck.expert} needs tier {policy.tiers[policy.experts[struck.expert].tier]}, the caller has {tier}"
+        needed = policy.tiers[policy.experts[struck.expert].tier]
+        return f"expert {struck.expert} needs tier {needed}, the caller has {tier}"
     return f"expert {struck.expert} does not accept this caller"

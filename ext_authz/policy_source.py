@@ -1,7 +1,7 @@
 """Policy text to plain data, with the place of every value, and the mistakes that point there.
 
 What two readers of YAML could take differently is a mistake: anchors, aliases, tags, merge keys, duplicate keys, keys
-that are not text, directives, further documents, unusual line breaks. Hostile text is refused within bounded time and memory.
+that are not text, directives, further documents, odd line breaks. Hostile text is refused in bounded time and memory.
 Source: YAML 1.1 as libyaml reads it, by its events, which still tell a written tag from an implied one.
 """
 
@@ -9,33 +9,32 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from hashlib import sha256
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
 
 MAX_BYTES = 8 * 1024 * 1024
-MAX_VALUES = 1_000_000  # mappings, lists, keys and scalars together
+MAX_VALUES = 500_000  # mappings, lists, keys and scalars together
 MAX_DEPTH = 16  # mappings and lists inside each other
 MAX_MISTAKES = 100  # listed before the rest is left unread
 
 Path = tuple[str | int, ...]
+Position = tuple[int, int]  # line and column, from 1
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_STR = "tag:yaml.org,2002:str"
 # A lone carriage return, NEL, LS and PS break lines for YAML but not for editors: places would be off.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|\r(?!\n)")
+_FORBIDDEN = re.compile(
+    "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|\r(?!\n)"
+)
 _TAB_INDENT = re.compile("^ *\t", re.MULTILINE)
-
-_NONE: Mapping[str | int, Place] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyMistake:
-    """One mistake in a policy file. Lines and columns count from 1, in characters; `path` is empty for the whole file."""
+    """One mistake. Lines and columns count from 1, in characters; `path` is empty for the file as a whole."""
 
     file: str
     line: int
@@ -56,39 +55,22 @@ class PolicyError(ValueError):
         self.errors = errors
 
 
-@dataclass(slots=True)
-class Place:
-    """Where a value stands. `spelling` is the text of a scalar, None for a mapping or a list.
+class Places:
+    """Where the values of a file stand, by their paths. Flat, of tuples that the garbage collector need not follow."""
 
-    `inner` are the places of a container's values, `keys` those of a mapping's keys. A `spoiled` value has a mistake
-    of its own already: what else is said of it would be noise.
-    """
+    def __init__(self) -> None:
+        self.at: dict[Path, Position] = {}  # a scalar's own place, else its key's
+        self.keys: dict[Path, Position] = {}
+        self.spellings: dict[Path, str] = {}  # of the scalars that are not text
+        self.spoiled: set[Path] = set()  # what has a mistake of its own already: more said of it would be noise
 
-    line: int
-    column: int
-    spelling: str | None = None
-    spoiled: bool = False
-    keys: Mapping[str | int, Place] = field(default_factory=lambda: _NONE)
-    inner: Mapping[str | int, Place] = field(default_factory=lambda: _NONE)
-
-    def find(self, path: Path) -> Place:
-        """The place to blame for what is wrong at `path`: a scalar itself, else the key it hangs on.
-
-        A part of the path that names nothing in the file is passed over.
-        """
-        place, key = self, self
+    def find(self, path: Path) -> Path:
+        """As much of `path` as the file has; a part that names nothing in it is passed over."""
+        found: Path = ()
         for part in path:
-            if part in place.inner:
-                key = place.keys.get(part, place.inner[part])
-                place = place.inner[part]
-        return place if place.spelling or place.spoiled else key
-
-    def find_key(self, path: Path) -> Place:
-        """The place of the key that `path` ends with; of its mapping, if there is no such key."""
-        place = self
-        for part in path[:-1]:
-            place = place.inner.get(part, place)
-        return place.keys.get(path[-1]) or self.find(path[:-1])
+            if (*found, part) in self.at:
+                found = (*found, part)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +78,16 @@ class Source:
     """A policy text that is one YAML mapping. `digest` names its exact bytes."""
 
     data: dict[str, Any]
-    root: Place
+    places: Places
     digest: str
+
+    def at(self, path: Path) -> Position:
+        """Where to point for what is wrong at `path`."""
+        return self.places.at[self.places.find(path)]
+
+    def found(self, path: Path, value: object) -> str:
+        """What stands at `path` in the file, for a message."""
+        return found(value, self.places.spellings.get(self.places.find(path), ""))
 
 
 class Mistakes:
@@ -106,22 +96,24 @@ class Mistakes:
     def __init__(self, file: str) -> None:
         self._file = file
         self._found: list[PolicyMistake] = []
+        self.end = (1, 1)  # the last place of the text; libyaml may point past it
 
-    def add(self, place: Place, path: Path, message: str) -> None:
-        self._found.append(PolicyMistake(self._file, place.line, place.column, rendered(path), message))
-        if len(self._found) > MAX_MISTAKES:
-            del self._found[MAX_MISTAKES:]
-            self._found.append(PolicyMistake(self._file, place.line, place.column, "", "too many mistakes to list"))
-            self.finish()
+    def add(self, at: Position, path: Path, message: str) -> None:
+        if len(self._found) == MAX_MISTAKES:
+            self.fatal(at, "too many mistakes to list them all")
+        self._add(at, rendered(path), message)
 
-    def fatal(self, line: int, column: int, message: str) -> NoReturn:
-        """A mistake after which the text cannot be read any further."""
-        self._found.append(PolicyMistake(self._file, line, column, "", message))
+    def fatal(self, at: Position, message: str) -> NoReturn:
+        """A mistake after which the text is not read any further."""
+        self._add(at, "", message)
         self._raise()
 
     def finish(self) -> None:
         if self._found:
             self._raise()
+
+    def _add(self, at: Position, path: str, message: str) -> None:
+        self._found.append(PolicyMistake(self._file, *min(at, self.end), path, message))
 
     def _raise(self) -> NoReturn:
         raise PolicyError(tuple(sorted(self._found, key=lambda m: (m.line, m.column))))
@@ -131,34 +123,36 @@ def read(text: str | bytes, mistakes: Mistakes) -> Source:
     """The data of a policy text. What can be read past is left in `mistakes`; PolicyError for what cannot."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(data) > MAX_BYTES:
-        mistakes.fatal(1, 1, f"the file is over {MAX_BYTES} bytes long")
+        mistakes.fatal((1, 1), f"the file is over {MAX_BYTES} bytes long")
     try:
         decoded = data.decode("utf-8")
     except UnicodeDecodeError as e:
         good = data[: e.start].decode("utf-8")
-        mistakes.fatal(*_place_of(good, len(good)), f"byte 0x{data[e.start]:02x} is not UTF-8")
+        mistakes.end = _position(good, len(good))
+        mistakes.fatal(mistakes.end, f"byte 0x{data[e.start]:02x} is not UTF-8")
+    mistakes.end = _position(decoded, len(decoded))
     if found := _FORBIDDEN.search(decoded):
         what = "a byte order mark" if found[0] == "\ufeff" else f"the character U+{ord(found[0]):04X}"
-        mistakes.fatal(*_place_of(decoded, found.start()), f"{what} is not allowed")
+        mistakes.fatal(_position(decoded, found.start()), f"{what} is not allowed")
     if found := _TAB_INDENT.search(decoded):
-        mistakes.fatal(*_place_of(decoded, found.end() - 1), "a tab in the indentation; use spaces")
-    return Source(*_Composer(decoded, mistakes).document(), sha256(data).hexdigest()[:12])
+        mistakes.fatal(_position(decoded, found.end() - 1), "a tab in the indentation; use spaces")
+    composer = _Composer(decoded, mistakes)
+    return Source(composer.document(), composer.places, sha256(data).hexdigest()[:12])
 
 
 def rendered(path: Path) -> str:
     """`experts.A.downgrade_to[0]`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in path)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in path)
     return text.removeprefix(".")
 
 
 def quoted(text: str) -> str:
     """User input for a message: in backticks, on one line, shortened."""
-    return f"`{_printable(text)}`"
+    return f"`{printable(text)}`"
 
 
-def found(value: object, place: Place) -> str:
-    """What stands in the file, for a message."""
-    spelling = quoted(place.spelling or "")
+def found(value: object, spelling: str) -> str:
+    """What `value` is, for a message; `spelling` is how a boolean or a number is written in the file."""
     match value:
         case dict():
             return "a mapping"
@@ -167,11 +161,11 @@ def found(value: object, place: Place) -> str:
         case None | "":
             return "nothing"
         case bool():
-            return f"the boolean {spelling}"
+            return f"the boolean {quoted(spelling)}"
         case int() | float():
-            return f"the number {spelling}"
+            return f"the number {quoted(spelling)}"
         case _:
-            return spelling
+            return quoted(str(value))
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
@@ -182,89 +176,109 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; expected {listed(known)}" if 0 < len(known) <= 10 else ""
 
 
-def listed(words: Collection[str]) -> str:
+def listed(words: Collection[str], conjunction: str = "or") -> str:
     """`a`, `b` or `c`."""
     *most, last = map(quoted, words)
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
-def _printable(text: str) -> str:
-    cut = text if len(text) <= 64 else text[:64] + "..."
+def printable(text: str, most: int = 64) -> str:
+    """`text` on one line, cut after `most` characters."""
+    if text.isprintable() and len(text) <= most:
+        return text
+    cut = text if len(text) <= most else text[:most] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
-def _place_of(text: str, index: int) -> tuple[int, int]:
+def _position(text: str, index: int) -> Position:
     return text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
+
+
+def _start(event: Any) -> Position:
+    mark = event.start_mark
+    return mark.line + 1, mark.column + 1
 
 
 class _Composer:
     """Builds data and places from the events of one document. Its recursion is bounded by MAX_DEPTH."""
 
     def __init__(self, text: str, mistakes: Mistakes) -> None:
+        self.places = Places()
         self._text = text
         self._mistakes = mistakes
         self._loader = _Loader(text)
+        self._next = self._loader.get_event
         self._left = MAX_VALUES
+        self._plain: dict[str, Any] = {}
 
-    def document(self) -> tuple[dict[str, Any], Place]:
+    def document(self) -> dict[str, Any]:
         try:
             return self._document()
         except yaml.MarkedYAMLError as e:
             mark = e.problem_mark or e.context_mark
-            line, column = (mark.line, mark.column) if mark else (0, 0)
+            at = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             if mark and self._text.startswith("\t", mark.index):
-                self._mistakes.fatal(line + 1, column + 1, "a tab where YAML allows none; use spaces")
+                self._mistakes.fatal(at, "a tab where YAML allows none; use spaces")
             context = f", {e.context}" if e.context else ""
-            self._mistakes.fatal(line + 1, column + 1, f"not valid YAML: {e.problem}{context}")
+            self._mistakes.fatal(at, f"not valid YAML: {e.problem}{context}")
         finally:
             self._loader.dispose()
 
-    def _document(self) -> tuple[dict[str, Any], Place]:
+    def _document(self) -> dict[str, Any]:
         self._next()
         start = self._next()
         if isinstance(start, yaml.StreamEndEvent):
-            self._mistakes.fatal(1, 1, "the file is empty, expected a mapping")
+            self._mistakes.fatal((1, 1), "the file is empty, expected a mapping")
         if start.version or start.tags:
-            self._stop(start, "a YAML directive is not supported")
+            self._mistakes.fatal(_start(start), "a YAML directive is not supported")
         event = self._next()
-        data, place = self._value(event, ())
+        data = self._value(event, (), _start(event))
         if not isinstance(data, dict):
-            self._stop(event, f"found {found(data, place)}, expected a mapping")
+            what = found(data, self.places.spellings.get((), ""))
+            self._mistakes.fatal(_start(event), f"found {what}, expected a mapping")
         self._next()
         if not isinstance(further := self._next(), yaml.StreamEndEvent):
-            self._stop(further, "a second document; a policy is one document")
-        return data, place
+            self._mistakes.fatal(_start(further), "a second document; a policy is one document")
+        return data
 
-    def _value(self, event: Any, path: Path) -> tuple[Any, Place]:
-        place = Place(event.start_mark.line + 1, event.start_mark.column + 1)
+    def _value(self, event: Any, path: Path, key: Position | None = None) -> Any:
+        at = _start(event)
+        self._left -= 1
+        if self._left < 0:
+            self._mistakes.fatal(at, f"over {MAX_VALUES} values in one file")
         if isinstance(event, yaml.AliasEvent):
-            self._spoil(place, path, f"alias {quoted('*' + event.anchor)} is not supported; write the value out")
-            return None, place
+            self.places.at[path] = at
+            self._spoil(at, path, f"alias {quoted(f'*{event.anchor}')} is not supported; write the value out")
+            return None
         if event.anchor is not None:
-            self._mistakes.add(place, path, f"anchor {quoted('&' + event.anchor)} is not supported; remove it")
+            self._mistakes.add(at, path, f"anchor {quoted(f'&{event.anchor}')} is not supported; remove it")
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._spoil(place, path, f"tag {quoted(tag)} is not supported; remove it")
+            self._spoil(at, path, f"tag {quoted(tag)} is not supported; remove it")
         if isinstance(event, yaml.ScalarEvent):
-            place.spelling = event.value
-            return self._scalar(event), place
+            self.places.at[path] = at if event.value or key is None else key
+            value = self._scalar(event)
+            if not isinstance(value, str):
+                self.places.spellings[path] = event.value
+            return value
         if len(path) >= MAX_DEPTH:
-            self._stop(event, f"nested over {MAX_DEPTH} deep")
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(path, place), place
-        return self._mapping(path, place), place
+            self._mistakes.fatal(at, f"nested over {MAX_DEPTH} deep")
+        self.places.at[path] = key or at
+        return self._sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(path)
 
     def _scalar(self, event: yaml.ScalarEvent) -> Any:
         """A plain scalar as YAML 1.1 takes it, but a time stays text; anything quoted is text."""
         text = event.value
         if not event.implicit[0]:
             return text
-        tag = self._loader.resolve(yaml.ScalarNode, text, (True, False))
-        if tag == _STR:
-            return text
-        node = yaml.ScalarNode(tag, text)
+        if text not in self._plain:
+            self._plain[text] = self._resolved(text)
+        return self._plain[text]
+
+    def _resolved(self, text: str) -> Any:
+        node = yaml.ScalarNode(self._loader.resolve(yaml.ScalarNode, text, (True, False)), text)
         try:
-            match tag.rpartition(":")[2]:
+            match node.tag.rpartition(":")[2]:
                 case "null":
                     return None
                 case "bool":
@@ -273,62 +287,50 @@ class _Composer:
                     return self._loader.construct_yaml_int(node)
                 case "float":
                     return self._loader.construct_yaml_float(node)
-        except ValueError:
-            pass  # `0x_`, or more digits than Python converts: no number anybody means
-        return text
+                case _:
+                    return text
+        except ValueError:  # `0x_`, or more digits than Python converts: no number that anybody means
+            return text
 
-    def _sequence(self, path: Path, place: Place) -> list[Any]:
+    def _sequence(self, path: Path) -> list[Any]:
         items: list[Any] = []
-        places: dict[str | int, Place] = {}
         while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            index = len(items)
-            item, places[index] = self._value(event, (*path, index))
-            items.append(item)
-        place.inner = places
+            items.append(self._value(event, (*path, len(items))))
         return items
 
-    def _mapping(self, path: Path, place: Place) -> dict[str, Any]:
+    def _mapping(self, path: Path) -> dict[str, Any]:
         items: dict[str, Any] = {}
-        keys: dict[str | int, Place] = {}
-        values: dict[str | int, Place] = {}
         while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            key, at = self._key(event, path)
-            inside = path if key is None else (*path, key)
-            value, value_place = self._value(self._next(), inside)
-            if key is None:
-                continue
-            if key in items:
-                self._mistakes.add(at, inside, f"duplicate key; the first is in line {keys[key].line}")
-                continue
-            items[key], keys[key], values[key] = value, at, value_place
-        place.keys, place.inner = keys, values
+            at = _start(event)
+            key = self._key(event, at, path)
+            inside = (*path, "?" if key is None else key)
+            if key is not None and key in items:
+                first, _ = self.places.keys[inside]
+                self._mistakes.add(at, inside, f"duplicate key; the first is in line {first}")
+                key, inside = None, (*path, "?")
+            value = self._value(self._next(), inside, at)
+            if key is not None:
+                items[key] = value
+                self.places.keys[inside] = at
         return items
 
-    def _key(self, event: Any, path: Path) -> tuple[str | None, Place]:
-        """A key and its place; None for one that can stand for nothing."""
-        key, at = self._value(event, (*path, "?"))
-        if at.spelling is None:
-            if not at.spoiled:
-                self._spoil(at, path, f"found {found(key, at)} as a key, expected text")
-            return None, at
-        if at.spelling == "<<" and event.implicit[0]:
-            self._spoil(at, path, "merge key `<<` is not supported; write the keys out")
-            return None, at
+    def _key(self, event: Any, at: Position, path: Path) -> str | None:
+        """The text of a key; None, and a mistake, for a key that is no plain text."""
+        if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
+            key = self._value(event, (*path, "?"))
+            if isinstance(key, list | dict):
+                self._mistakes.add(at, path, f"found {found(key, '')} as a key, expected text")
+            return None
+        key = self._scalar(event)
         if not isinstance(key, str):
-            advice = "; quote it" if at.spelling else ""
-            self._spoil(at, path, f"found {found(key, at)} as a key, expected text{advice}")
-        return at.spelling, at
+            advice = "; quote it" if event.value else ""
+            self._mistakes.add(at, path, f"found {found(key, event.value)} as a key, expected text{advice}")
+            return None
+        if key == "<<" and event.implicit[0]:
+            self._mistakes.add(at, path, "merge key `<<` is not supported; write the keys out")
+            return None
+        return key
 
-    def _spoil(self, place: Place, path: Path, message: str) -> None:
-        place.spoiled = True
-        self._mistakes.add(place, path, message)
-
-    def _next(self) -> Any:
-        self._left -= 1
-        event = self._loader.get_event()
-        if self._left < 0:
-            self._stop(event, f"over {MAX_VALUES} values in one file")
-        return event
-
-    def _stop(self, event: Any, message: str) -> NoReturn:
-        self._mistakes.fatal(event.start_mark.line + 1, event.start_mark.column + 1, message)
+    def _spoil(self, at: Position, path: Path, message: str) -> None:
+        self.places.spoiled.add(path)
+        self._mistakes.add(at, path, message)

@@ -35,7 +35,10 @@ log = logging.getLogger("srp.reload")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PolicyStatus:
-    """What `/status` tells of the policy. `since` is in seconds since the epoch; `error` is why the newest file is not in force."""
+    """What `/status` tells of the policy. `since` is in seconds since the epoch.
+
+    `error` is why the newest file is not in force, None when it is.
+    """
 
     digest: str
     since: float
@@ -76,7 +79,7 @@ class Control:
 
     async def watch(self) -> None:
         """Follow the file until cancelled."""
-        # The folder, not the file: a ConfigMap swaps a symlink, editors rename, and a watch on the file follows neither.
+        # The folder, not the file: a ConfigMap swaps a symlink and editors rename; a watch on the file follows neither.
         changes = awatch(
             self._path.parent, watch_filter=None, debounce=50, step=10, recursive=False,
             rust_timeout=int(POLL * 1000), yield_on_timeout=True,
@@ -119,7 +122,8 @@ class Control:
 
     async def _adopt(self, policy: Policy) -> bool:
         old = self._policy
-        await self._keys.follow(policy.issuers.values())
+        # Until the swap both policies' issuers are followed: the old one still answers.
+        await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
         if self._drain is not None:
             self._drain.cancel()
         outcome = await self._ads.publish(cluster_resources(_both(old, policy)), timeout=ACK_TIMEOUT)
@@ -137,6 +141,7 @@ class Control:
             if set(old.experts) - set(policy.experts):
                 self._drain = asyncio.create_task(self._drop_clusters(policy))
         self._renew()
+        await self._keys.follow(policy.issuers.values())
         log.info("policy %s is in force (%s)", policy.digest, outcome.message or outcome.kind.value)
         for warning in self._warnings:
             log.warning("policy %s: %s", policy.digest, warning)
@@ -175,5 +180,3 @@ def _both(old: Policy | None, new: Policy) -> Policy:
     if not kept:
         return new
     return dataclasses.replace(new, experts=MappingProxyType({**new.experts, **kept}))
-
-

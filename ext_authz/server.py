@@ -53,9 +53,7 @@ class Epoch:
 class Authorization:
     """Answers Check. `epoch` is replaced whole when the policy or the keys change."""
 
-    def __init__(
-        self, epoch: Epoch, keys: FreshKeys, tally: Tally, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, epoch: Epoch, keys: FreshKeys, tally: Tally, clock: Callable[[], float] = time.time) -> None:
         self.epoch = epoch
         self._keys = keys
         self._tally = tally
@@ -76,7 +74,7 @@ class Authorization:
                 if isinstance(outcome, Refusal):
                     outcome = refuse(outcome)
             answer = epoch.writer.write(outcome)
-        except Exception as e:  # the one broad except: whatever went wrong, the answer is no
+        except Exception as e:  # noqa: BLE001 - the one broad except: whatever went wrong, the answer is no
             self._failed(e)
             outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL)
         self._count(outcome, time.perf_counter() - began)
@@ -122,7 +120,7 @@ class Server:
         )
         self._grpc.add_generic_rpc_handlers(handlers)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self.address = listen
 
     async def start(self) -> None:
@@ -145,12 +143,9 @@ class Server:
         await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace: float = DRAIN) -> None:
-        """Say NOT_SERVING, let what runs finish for `grace` seconds, close."""
+        """Say NOT_SERVING, let what runs finish for `grace` seconds, close. gRPC removes its socket when it begins."""
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.stop(grace)
-        path = unix_path(self._listen)
-        if path is not None:
-            path.unlink(missing_ok=True)
 
     async def _report(self, status: Any) -> None:
         for service in ("", SERVICE):

@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     def flag(name: str, default: str | None, text: str) -> None:
         variable = f"SRP_{name.upper().replace('-', '_')}"
         shown = f"default: {default}; " if default else ""
-        parser.add_argument(
-            f"--{name}", default=environ.get(variable, default), metavar=name.upper(), help=f"{text} ({shown}{variable})"
-        )
+        value = environ.get(variable, default)
+        parser.add_argument(f"--{name}", default=value, metavar=name.upper(), help=f"{text} ({shown}{variable})")
 
     flag("policy", None, "the policy file; its folder is watched")
     flag("listen", "unix:/run/srp/ext_authz.sock", "gRPC address: unix:PATH or HOST:PORT")

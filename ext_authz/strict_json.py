@@ -6,6 +6,7 @@ Source: RFC 8259, with the stricter reading of RFC 7493 (I-JSON) §2.3 on duplic
 from __future__ import annotations
 
 import json
+from math import isinf
 from typing import Any
 
 _BOM = b"\xef\xbb\xbf"
@@ -24,7 +25,7 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
     except RecursionError:
         raise ValueError(f"is nested over {max_depth} deep") from None
     except json.JSONDecodeError as e:
-        raise ValueError(f"is not JSON: {e.msg} at byte {e.pos}") from None
+        raise ValueError(f"is not JSON: {e.msg} at character {e.pos}") from None
     # Few brackets cannot nest deep: the exact walk is for the texts that could.
     if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
         raise ValueError(f"is nested over {max_depth} deep")
@@ -48,7 +49,16 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer).decode
+def _real(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise ValueError("holds a number too large")
+    return value
+
+
+_decode = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_real
+).decode
 
 
 def _deeper(value: Any, limit: int) -> bool:

@@ -1,7 +1,7 @@
 """The upb twin of envoy-data-plane's messages: the same schema, parsed in C.
 
 envoy-data-plane is pure Python: one CheckRequest costs it some 250 µs to parse. Its dataclasses hold all that a
-protobuf descriptor needs (field number, type, map, oneof, wrapper), so the classes are derived from them once, at import.
+protobuf descriptor needs (field number, type, map, oneof, wrapper), so the classes are derived once, at import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def twins(*roots: type) -> dict[type, type[Message]]:
     Enums become int32, which has the same wire form. Raises TypeError on a field that protobuf could not have.
     """
     file = descriptor_pb2.FileDescriptorProto(name="srp/twin.proto", package=_PACKAGE, syntax="proto3")
-    todo, seen = list(roots), {}
+    todo = list(roots)
+    seen: dict[type, str] = {}
     while todo:
         cls = todo.pop()
         if cls in seen:

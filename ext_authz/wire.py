@@ -71,7 +71,7 @@ class Writer:
             build = _ok if decision.serve else _denied
             response = build(self._policy, decision, self._sentinel)
             parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
-        # An odd multiplier permutes the 64-bit numbers: ids stay unique and do not tell how many came before.
+        # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
         decision_id = f"{next(self._ids) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF:016x}"
         return decision_id.encode().join(parts)
 

@@ -1,0 +1,507 @@
+"""The shape of a policy file: keys, types and limits. What refers to something else is checked by policy_file.
+
+Every limit bounds what a hostile file can make of memory. The docstrings are the descriptions that editors show.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import ErrorDetails
+
+from ext_authz import policy
+from ext_authz.condition import MAX_LENGTH
+from ext_authz.gate import MAX_NAMES, REQUESTED_CLUSTER
+from ext_authz.policy import TOKEN_HEADERS
+from ext_authz.policy_source import listed, suggestion
+
+MAX_EXPERTS = 10_000
+MAX_CLEARANCE = 1_000
+MAX_GATE = 256
+MAX_REVOKED = 100_000
+
+TARGET_CLUSTER = "x-target-cluster"
+RESERVED_CLUSTERS = frozenset({"none", "ext-authz"})
+
+_EXPECTED: dict[str, str] = {}  # pattern → what it stands for in a message
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = r"^(0|[0-9]{1,9}(ms|s|m|h))$"
+_ENDPOINT = r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
+_INSTANT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def duration(value: object, least: float, most: float) -> float:
+    """Seconds from `200ms`, `30s`, `5m`, `1h` or `0`."""
+    text = "0" if value == 0 and type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(_DURATION, text):
+        raise ValueError("expected a duration such as `30s` (ms, s, m, h)")
+    unit = text.lstrip("0123456789")
+    seconds = int(text.removesuffix(unit)) * _UNITS[unit or "s"]
+    if not least <= seconds <= most:
+        raise ValueError(f"expected a duration from {spelled(least)} to {spelled(most)}")
+    return seconds
+
+
+def spelled(seconds: float) -> str:
+    """The shortest policy text for a duration."""
+    if not seconds:
+        return "0"
+    unit = next((u for u in ("h", "m", "s") if seconds % _UNITS[u] == 0), "ms")
+    return f"{round(seconds / _UNITS[unit])}{unit}"
+
+
+def endpoint(value: object) -> policy.Endpoint:
+    """`host:port`; the host as Envoy takes it: an IP address without brackets, or a lower-case DNS name."""
+    expected = ValueError(
+        "expected `host:port`: an IP address ([v6] in brackets) or a DNS name, and a port from 1 to 65535"
+    )
+    if not isinstance(value, str) or not re.fullmatch(_ENDPOINT, value):
+        raise expected
+    host, _, port = value.lower().rpartition(":")
+    try:
+        if host.startswith("["):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        elif host.rpartition(".")[2].isdigit():
+            host = str(ipaddress.IPv4Address(host))
+        elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.split(".")):
+            raise expected
+    except ipaddress.AddressValueError:
+        raise expected from None
+    if not 1 <= int(port) <= 65535:
+        raise expected
+    return policy.Endpoint(host, int(port))
+
+
+def address(at: policy.Endpoint) -> str:
+    """The policy text for an endpoint."""
+    return f"[{at.host}]:{at.port}" if ":" in at.host else f"{at.host}:{at.port}"
+
+
+def instant(value: object) -> float | None:
+    """Seconds since the epoch from a time of RFC 3339 §5.6."""
+    if value is None:
+        return None
+    expected = "expected an RFC 3339 time such as `2030-01-31T12:00:00Z`, or `null`"
+    if not isinstance(value, str) or not re.fullmatch(_INSTANT, value):
+        raise ValueError(expected)
+    try:
+        return datetime.fromisoformat(value.upper()).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(expected) from None
+
+
+def _version(value: object) -> int:
+    if value != 1 or type(value) is not int:
+        raise ValueError("expected 1")
+    return 1
+
+
+def _tier(name: str) -> str:
+    if name == "deny":
+        raise ValueError("expected another name: `deny` means no tier")
+    return name
+
+
+def _cluster(name: str) -> str:
+    if not is_cluster(name):
+        raise ValueError("expected another name: this one is reserved")
+    return name
+
+
+def is_cluster(name: str) -> bool:
+    return _LABEL.fullmatch(name) is not None and name not in RESERVED_CLUSTERS
+
+
+def _header(name: str) -> str:
+    if name in (*TOKEN_HEADERS, "host") or name.startswith("x-srp-"):
+        raise ValueError("expected a header that may name experts")
+    if name == REQUESTED_CLUSTER:
+        raise ValueError(f"expected `{TARGET_CLUSTER}`, as the client sends it")
+    return name
+
+
+def _normalized(path: str) -> str:
+    if any(part in path for part in ("//", "/./", "/../")):
+        raise ValueError("expected a path as Envoy normalizes it, without `//`, `/./` and `/../`")
+    return path
+
+
+def _jwks_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, plain = parts.hostname or "", parts.scheme == "http"
+        usable = bool(host) and parts.username is None and not parts.fragment and parts.port != 0
+    except ValueError:
+        usable = plain = False
+        host = ""
+    if not usable:
+        raise ValueError("expected a URL with a host, and without user or fragment")
+    if plain and not _loopback(host):
+        raise ValueError("expected https; http is for a loopback host only")
+    return url
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _mapping(value: object) -> object:
+    if not isinstance(value, dict):
+        raise ValueError("expected a mapping")
+    return value
+
+
+def _mapping_or_false(value: object) -> object:
+    if value is not False and not isinstance(value, dict):
+        raise ValueError("expected a mapping or `false`")
+    return value or None
+
+
+def _text(pattern: str, expected: str, most: int) -> Any:
+    _EXPECTED[pattern] = expected
+    return Field(pattern=pattern, max_length=most)
+
+
+def _span(least: float, most: float) -> Any:
+    written = Annotated[str, Field(pattern=_DURATION)] | Literal[0]
+    return PlainValidator(partial(duration, least=least, most=most), json_schema_input_type=written)
+
+
+def _seconds(default: float) -> Any:
+    return Field(default=default, json_schema_extra={"default": spelled(default)})
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
+def _optional() -> Any:
+    """A key without a default: the empty text, which no such key accepts, means that it is not there."""
+    return Field(default="", json_schema_extra=_without_default)
+
+
+def _list(least: int, most: int) -> Any:
+    """The limits of a list without repetitions; policy_file looks for those, to point at the second of the two."""
+    return Field(min_length=least, max_length=most, json_schema_extra={"uniqueItems": True})
+
+
+Version = Annotated[int, PlainValidator(_version, json_schema_input_type=Literal[1])]
+ExpertName = Annotated[
+    str,
+    _text(
+        r"^[A-Za-z0-9][A-Za-z0-9_.:/-]*$", "an expert's name: letters, digits and `_.:/-`, a letter or digit first", 64
+    ),
+]
+TierName = Annotated[
+    str, _text(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", "a tier's name: letters, digits and `_.-`, a letter or digit first", 64)
+]
+ClusterName = Annotated[
+    str,
+    _text(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "a cluster's name: lower-case letters, digits and `-` between them", 63),
+    AfterValidator(_cluster),
+]
+HeaderName = Annotated[
+    str, _text(r"^[a-z0-9!#$%&'*+.^`|~-]+$", "a header's name in lower case, without `_`", 64), AfterValidator(_header)
+]
+RoutePath = Annotated[
+    str, _text(r'^/[!"$->@-~]*$', "a path that starts with `/`, without query", 1024), AfterValidator(_normalized)
+]
+HealthPath = Annotated[str, _text(r"^/[!-~]*$", "a path that starts with `/`", 1024)]
+JsonPointer = Annotated[
+    str, _text(r"^(/([^~/\x00-\x1f\x7f-\x9f]|~[01])*){1,16}$", "a JSON pointer (RFC 6901) such as `/model`", 256)
+]
+JwksUrl = Annotated[
+    str,
+    _text(r"^https?://[!-~]+$", "a URL such as `https://idp.example.com/jwks.json`", 1024),
+    AfterValidator(_jwks_url),
+]
+Text = Annotated[str, _text(r"^[^\x00-\x1f\x7f-\x9f]+$", "text without control characters", 1024)]
+Cel = Annotated[str, Field(min_length=1, max_length=MAX_LENGTH)]
+Endpoint = Annotated[
+    policy.Endpoint, PlainValidator(endpoint, json_schema_input_type=Annotated[str, Field(pattern=_ENDPOINT)])
+]
+Instant = Annotated[
+    float | None, PlainValidator(instant, json_schema_input_type=Annotated[str, Field(pattern=_INSTANT)] | None)
+]
+Algorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512"
+]  # fmt: skip
+
+_TRAFFIC = policy.Traffic()
+_HEALTH = policy.Health()
+_OUTLIER = policy.Outlier()
+
+
+class Form(BaseModel):
+    """A mapping of the file. No other keys, no conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    def _exactly_one(self, *keys: str) -> None:
+        given = [k for k in keys if k in self.model_fields_set]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {listed(keys, 'and')} is needed, found {'both' if given else 'neither'}")
+
+
+class Health(Form):
+    """The active health check: GET, and 200 means healthy."""
+
+    path: HealthPath = _HEALTH.path
+    interval: Annotated[float, _span(0.1, 3600)] = _seconds(_HEALTH.interval)
+
+
+class Outlier(Form):
+    """Passive ejection of an endpoint that fails."""
+
+    consecutive_5xx: Annotated[int, Field(ge=1, le=1000)] = _OUTLIER.consecutive_5xx
+    """Failures in a row until the endpoint is taken out."""
+    base_ejection: Annotated[float, _span(0.1, 3600)] = _seconds(_OUTLIER.base_ejection)
+    """How long it stays out the first time."""
+
+
+class Expert(Form):
+    """One expert: who may reach it, where it is, and how Envoy sends requests there."""
+
+    tier: TierName
+    """The lowest tier that may reach it."""
+    cluster: ClusterName = _optional()
+    """Its cluster in Envoy. Default: the expert's name in lower case with `-` for `_`."""
+    endpoints: Annotated[list[Endpoint], _list(1, 256)]
+    """Its replicas, each `host:port`."""
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Its capacity relative to the others."""
+    downgrade_to: Annotated[list[ExpertName], _list(0, MAX_NAMES)] = []
+    """Who may serve instead when none of the requested experts may. None of them of a higher tier."""
+    allow: Cel = _optional()
+    """A CEL condition on `claims` and `request` that must hold as well."""
+    max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_requests
+    """Requests in flight at once."""
+    max_pending: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_pending
+    """Requests that wait for a connection."""
+    timeout: Annotated[float, _span(0, 86400)] = _seconds(_TRAFFIC.timeout)
+    """For the whole response; 0: none."""
+    connect_timeout: Annotated[float, _span(0.001, 60)] = _seconds(_TRAFFIC.connect_timeout)
+    """For a connection."""
+    retries: Annotated[int, Field(ge=0, le=10)] = _TRAFFIC.retries
+    """Further attempts."""
+    retry_on: Literal["safe", "5xx"] = "safe"
+    """`safe`: only what has not reached an expert; `5xx`: also what it answered with 5xx."""
+    health: Annotated[
+        Health | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Health | Literal[False])
+    ] = Health()
+    """The active health check, or `false`."""
+    outlier: Annotated[
+        Outlier | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Outlier | Literal[False])
+    ] = Outlier()
+    """Passive ejection, or `false`."""
+    slow_start: Annotated[float, _span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
+    """How long a new endpoint's share of the traffic grows; 0: full at once."""
+
+
+class ClearanceRule(Form):
+    """Callers whose token satisfies `when` get `tier`."""
+
+    when: Cel
+    """A CEL condition on `claims`."""
+    tier: TierName
+
+
+class GateRule(Form):
+    """Where the requests to a path name their experts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["path"]}, {"required": ["prefix"]}],
+            "not": {"required": ["json", "header"]},
+            "anyOf": [{"required": ["json"]}, {"required": ["header"]}, {"required": ["default"]}],
+        }
+    )
+
+    path: RoutePath = _optional()
+    """The one path that the rule is for."""
+    prefix: RoutePath = _optional()
+    """What the paths that the rule is for start with."""
+    pointer: Annotated[JsonPointer, Field(alias="json")] = _optional()
+    """A JSON pointer (RFC 6901) to a name or a list of names in the body."""
+    header: HeaderName = _optional()
+    """The header with the names, comma-separated. `x-target-cluster` takes clusters, too."""
+    default: Annotated[list[ExpertName], _list(1, MAX_NAMES)] = []
+    """Who is asked when the request names nobody."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        self._exactly_one("path", "prefix")
+        if self.pointer and self.header:
+            raise ValueError("at most one of `json` and `header` is allowed, found both")
+        if not (self.pointer or self.header or self.default):
+            raise ValueError("names no expert: `json`, `header` or `default` is needed")
+        return self
+
+
+class Jwks(Form):
+    """An issuer's public keys."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["url"]}, {"required": ["file"]}],
+            "dependentRequired": {key: ["url"] for key in ("refresh", "ca_file", "bearer_token_file")},
+        }
+    )
+
+    url: JwksUrl = _optional()
+    """Where to fetch them: https, or http from a loopback host."""
+    file: Text = _optional()
+    """The file that holds them, relative to the policy's folder."""
+    refresh: Annotated[float, _span(10, 86400)] = _seconds(policy.JwksSource().refresh)
+    """How often to fetch them."""
+    ca_file: Text = _optional()
+    """The CA that the URL's host must be certified by."""
+    bearer_token_file: Text = _optional()
+    """The token to fetch them with."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        self._exactly_one("url", "file")
+        if self.file and len(self.model_fields_set) > 1:
+            *_, other = sorted(self.model_fields_set - {"file"})
+            raise ValueError(f"`{other}` is for a `url`, found a `file`")
+        return self
+
+
+class Issuer(Form):
+    """An identity provider whose tokens are trusted."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["jwks"]}, {"required": ["secret_file"]}]})
+
+    issuer: Text
+    """The exact `iss` of its tokens."""
+    audiences: Annotated[list[Text], _list(1, 64)]
+    """A token must be for one of these."""
+    algorithms: Annotated[list[Algorithm], _list(1, 13)]
+    """What its tokens may be signed with."""
+    jwks: Annotated[Jwks | None, BeforeValidator(_mapping, json_schema_input_type=Jwks)] = None
+    secret_file: Text = _optional()
+    """The shared secret of the HS algorithms, relative to the policy's folder."""
+
+    @model_validator(mode="after")
+    def _fitting_key(self) -> Self:
+        self._exactly_one("jwks", "secret_file")
+        for algorithm in self.algorithms:
+            if algorithm.startswith("HS") != bool(self.secret_file):
+                needs = "jwks" if self.secret_file else "secret_file"
+                raise ValueError(f"algorithm `{algorithm}` needs `{needs}`")
+        return self
+
+
+class Revoked(Form):
+    """Tokens that are refused though they verify."""
+
+    jti: Annotated[list[Text], _list(0, MAX_REVOKED)] = []
+    """Their ids."""
+    sub: Annotated[list[Text], _list(0, MAX_REVOKED)] = []
+    """Their subjects."""
+    issued_before: Instant = None
+    """Every token issued before this time, and every one that does not say when."""
+
+
+class File(Form):
+    """The policy of a Secure Routing Proxy."""
+
+    version: Version
+    tiers: Annotated[list[Annotated[TierName, AfterValidator(_tier)]], _list(1, 32)]
+    """The tiers, least privileged first."""
+    issuers: Annotated[list[Issuer], Field(max_length=64)] = []
+    anonymous: TierName = "deny"
+    """The tier of callers without a token, or `deny`."""
+    clearance: Annotated[list[ClearanceRule], Field(max_length=MAX_CLEARANCE)] = []
+    """The tier of callers with a token: the first rule that holds, else the lowest tier."""
+    experts: Annotated[
+        dict[ExpertName, Expert],
+        Field(min_length=1, max_length=MAX_EXPERTS, json_schema_extra={"additionalProperties": False}),
+    ]
+    gate: Annotated[list[GateRule], Field(max_length=MAX_GATE)] = []
+    """Where requests name their experts: the first rule that covers the path. Default: the header `x-expert-names`."""
+    revoked: Revoked = Revoked()
+    leeway: Annotated[float, _span(0, 300)] = _seconds(30)
+    """How far the issuers' clocks may be off."""
+    forward_token: bool = False
+    """Whether experts get the caller's token."""
+    log_claims: Annotated[list[Text], _list(0, 32)] = []
+    """Claims that the audit trail shows."""
+
+
+_ITEMS: dict[str, type[Form]] = {"issuers": Issuer, "clearance": ClearanceRule, "experts": Expert, "gate": GateRule}
+_PARTS: dict[str, type[Form]] = {"health": Health, "outlier": Outlier, "jwks": Jwks}
+
+
+def keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """The keys that the mapping at `path` may have."""
+    match path:
+        case ():
+            form: type[Form] = File
+        case ("revoked",):
+            form = Revoked
+        case (str(section), _):
+            form = _ITEMS[section]
+        case _:
+            form = _PARTS[str(path[-1])]
+    return [field.alias or name for name, field in form.model_fields.items()]
+
+
+def explain(error: ErrorDetails, found: str) -> str:
+    """The message for a validation error at a value that reads `found` in the file."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "missing":
+            return "required key is missing"
+        case "extra_forbidden":
+            *parent, key = error["loc"]
+            return "unknown key" + suggestion(str(key), keys_at(tuple(parent)))
+        case "value_error":
+            message = str(limits["error"])
+            return f"found {found}, {message}" if message.startswith("expected") else message
+        case "string_type":
+            quote = "; quote it" if found.startswith(("the boolean", "the number")) else ""
+            return f"found {found}, expected text{quote}"
+        case "string_pattern_mismatch":
+            return f"found {found}, expected {_EXPECTED[limits['pattern']]}"
+        case "string_too_long":
+            return f"found {len(error['input'])} characters, expected at most {limits['max_length']}"
+        case "too_long" | "too_short" as kind:
+            limit = f"at most {limits['max_length']}" if kind == "too_long" else f"at least {limits['min_length']}"
+            return f"found {limits['actual_length']} items, expected {limit}"
+        case "greater_than_equal":
+            return f"found {found}, expected at least {limits['ge']}"
+        case "less_than_equal":
+            return f"found {found}, expected at most {limits['le']}"
+        case "literal_error":
+            expected = str(limits["expected"]).replace("'", "`")
+            unsigned = ", which is no signature" if str(error["input"]).lower() == "none" else ""
+            return f"found {found}{unsigned}, expected {expected}"
+        case kind:
+            return f"found {found}, expected {_KINDS[kind]}"
+
+
+_KINDS = {
+    "string_too_short": "text",
+    "int_type": "a whole number",
+    "bool_type": "`true` or `false`",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The file format as a JSON Schema (2020-12), for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **File.model_json_schema()}

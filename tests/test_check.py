@@ -1,0 +1,287 @@
+"""The sentence `identify, gate, decide`: its order, and what a snapshot remembers and forgets."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import header_texts
+from tokens import AUDIENCE, ISSUER
+
+from ext_authz.check import CACHED_DECISIONS, DOWNGRADE, Snapshot, check, identify
+from ext_authz.condition import compile_condition
+from ext_authz.identity import Keys
+from ext_authz.jwk import parse_jwks
+from ext_authz.model import Decision, Identity, Reason, Refusal, Request, Verdict
+from ext_authz.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
+
+NOW = 1_800_000_000.0
+GET_ONLY = compile_condition('request.method == "GET"', "experts.G.allow", 1)
+
+EXPERTS = {
+    "A": Expert("A", 0, "expert-a"),
+    "C": Expert("C", 1, "expert-c", downgrade_to=("A",)),
+    "H": Expert("H", 1, "expert-h"),
+}
+POLICY = Policy(
+    tiers=("low", "high"),
+    experts=EXPERTS,
+    issuers={ISSUER: Issuer(ISSUER, frozenset({AUDIENCE}), frozenset({"ES256"}))},
+    anonymous=0,
+    clearance=(ClearanceRule(compile_condition('claims.plan == "premium"', "clearance[0].when", 1), 1),),
+    gate=(GateRule("/", exact=False, header="x-expert-names", default=("A",)),),
+    leeway=30,
+)
+
+
+def keys(*names: str) -> Keys:
+    """ISSUER's keys with the ES256 key of each of `names`."""
+    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)))}
+
+
+def token(name: str = "", **over: Any) -> str:
+    return tokens.sign(tokens.claims(**{"iat": NOW, "exp": NOW + 300, "plan": "free", **over}), name=name)
+
+
+def asks(names: str | None = "A", bearer: str | None = None, method: str = "GET", **headers: str) -> Request:
+    """A request for `names`; a header's name is written with underscores."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    if names is not None:
+        sent["x-expert-names"] = names
+    if bearer is not None:
+        sent["authorization"] = f"Bearer {bearer}"
+    return Request(method, "/", sent)
+
+
+def decided(snapshot: Snapshot, request: Request, now: float = NOW) -> Decision:
+    found = check(snapshot, request, now)
+    assert isinstance(found, Decision), found
+    return found
+
+
+def premium() -> str:
+    return token(plan="premium")
+
+
+SENTENCE = [
+    # name, policy, request, verdict, reason, candidates, caller's tier
+    ("anonymous", POLICY, lambda: asks("A"), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("anonymous, default", POLICY, lambda: asks(None), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("premium", POLICY, lambda: asks("C", premium()), Verdict.ALLOW, Reason.PERMITTED, ("C",), "high"),
+    ("free", POLICY, lambda: asks("H", token()), Verdict.DENY, Reason.TIER_TOO_LOW, (), "low"),
+    ("downgrade", POLICY, lambda: asks("C", token()), Verdict.DOWNGRADE, Reason.TIER_TOO_LOW, ("A",), "low"),
+    ("bad gate", POLICY, lambda: asks("A B", token()), Verdict.DENY, Reason.BAD_GATE, (), "low"),
+    ("nobody named", POLICY, lambda: asks(""), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+    ("unknown", POLICY, lambda: asks("Z", premium()), Verdict.DENY, Reason.UNKNOWN_EXPERT, (), "high"),
+    ("bad token", POLICY, lambda: asks("A", "x.y.z"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("the token is judged first", POLICY, lambda: asks("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("expired", POLICY, lambda: asks("A", token(exp=NOW - 31)), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("no token where one is needed", replace(POLICY, anonymous=None), lambda: asks("A"),
+     Verdict.DENY, Reason.TOKEN_REQUIRED, (), None),
+    ("no gate", replace(POLICY, gate=()), lambda: asks("A"), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "request_", "verdict", "reason", "serve", "tier"),
+    [row[1:] for row in SENTENCE],
+    ids=[row[0] for row in SENTENCE],
+)
+def test_the_sentence(
+    policy: Policy, request_: Any, verdict: Verdict, reason: Reason, serve: tuple[str, ...], tier: str | None
+) -> None:
+    """Identity first, then the gate, then the decision."""
+    found = decided(Snapshot(policy, keys()), request_())
+    assert (found.verdict, found.reason, found.serve, found.caller_tier) == (verdict, reason, serve, tier)
+
+
+REFUSALS = [
+    ("unknown kid", keys, lambda: token("new"), Reason.INVALID_TOKEN),
+    ("keys not loaded", dict, token, Reason.KEYS_UNAVAILABLE),
+]
+
+
+@pytest.mark.parametrize(("known", "bearer", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+def test_what_fresh_keys_could_change_comes_back_as_a_refusal(known: Any, bearer: Any, reason: Reason) -> None:
+    """The shell learns which issuer's keys to look for."""
+    found = check(Snapshot(POLICY, known()), asks("A", bearer()), NOW)
+    assert isinstance(found, Refusal)
+    assert (found.reason, found.issuer) == (reason, ISSUER)
+
+
+DOWNGRADES: list[tuple[str | None, bool, Verdict]] = [
+    (None, False, Verdict.DOWNGRADE),
+    ("allow", False, Verdict.DOWNGRADE),
+    ("never", False, Verdict.DENY),
+    ("NEVER", False, Verdict.DENY),
+    ("", False, Verdict.DENY),
+    ("Allow", False, Verdict.DENY),
+    ("nevr", False, Verdict.DENY),
+    ("allow, never", False, Verdict.DENY),
+    ("allow", True, Verdict.DENY),
+]
+
+
+@pytest.mark.parametrize(("value", "repeated", "verdict"), DOWNGRADES)
+def test_the_downgrade_header(value: str | None, repeated: bool, verdict: Verdict) -> None:
+    """Only an absent header or one `allow` lets a downgrade happen: who writes anything else means to be strict."""
+    headers = {"x-expert-names": "C", **({} if value is None else {DOWNGRADE: value})}
+    request = Request("GET", "/", headers, repeated=frozenset({DOWNGRADE} if repeated else ()))
+    found = decided(Snapshot(POLICY), request)
+    assert found.verdict is verdict
+    assert (found.reason is Reason.DOWNGRADE_FORBIDDEN) == (verdict is Verdict.DENY)
+
+
+# ---- what a snapshot remembers ---------------------------------------------------------------------------------------
+
+
+def identified(snapshot: Snapshot, bearer: str, now: float) -> Identity | Refusal:
+    return identify(snapshot, asks(bearer=bearer), now)
+
+
+def test_a_verified_token_is_remembered() -> None:
+    """The same token gives the same identity object, whichever header it comes in; another token another one."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token()
+    first = identified(snapshot, bearer, NOW)
+    assert isinstance(first, Identity)
+    assert identified(snapshot, bearer, NOW + 1) is first
+    assert identify(snapshot, Request("GET", "/", {"x-expert-access-token": bearer}), NOW) is first
+    assert identified(snapshot, token(), NOW) is not first  # ES256 signs anew each time
+
+
+def test_a_remembered_token_ends_when_it_ends() -> None:
+    """A token that was good is refused from `exp` plus the leeway on, and stays refused."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
+    assert isinstance(identified(snapshot, bearer, NOW), Identity)
+    assert isinstance(identified(snapshot, bearer, NOW + 39.999), Identity)
+    for late in (40, 41, 10**6):
+        refused = identified(snapshot, bearer, NOW + late)
+        assert isinstance(refused, Refusal)
+        assert refused.reason is Reason.INVALID_TOKEN
+
+
+def test_a_failure_is_not_remembered() -> None:
+    """A token that is not valid yet becomes valid; nothing of a refusal is stored."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(nbf=NOW + 100)
+    assert isinstance(identified(snapshot, bearer, NOW), Refusal)
+    assert len(snapshot.tokens) == 0
+    assert isinstance(identified(snapshot, bearer, NOW + 100), Identity)
+
+
+def test_a_token_with_one_more_byte_is_another() -> None:
+    """What is remembered of a token helps no other text."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token()
+    assert isinstance(identified(snapshot, bearer, NOW), Identity)
+    for other in (bearer + ".", bearer[:-1], bearer + "=", bearer.swapcase(), f"{bearer}\xe9"):
+        assert isinstance(identified(snapshot, other, NOW), Refusal)
+
+
+FORGETTING = [
+    # a change after which the token of before is refused
+    ("key gone", POLICY, lambda: keys("new")),
+    ("issuer gone", replace(POLICY, issuers={}), keys),
+    ("token revoked", replace(POLICY, revoked=Revoked(jti=frozenset({"t1"}))), keys),
+    ("subject revoked", replace(POLICY, revoked=Revoked(sub=frozenset({"ada"}))), keys),
+    ("all of before revoked", replace(POLICY, revoked=Revoked(issued_before=NOW + 1)), keys),
+]
+
+
+@pytest.mark.parametrize(("policy", "known"), [f[1:] for f in FORGETTING], ids=[f[0] for f in FORGETTING])
+def test_a_new_snapshot_remembers_nothing(policy: Policy, known: Any) -> None:
+    """A change of policy or keys makes a new snapshot, and a token that was good is verified anew and refused."""
+    bearer = token(jti="t1")
+    assert isinstance(identified(Snapshot(POLICY, keys()), bearer, NOW), Identity)
+    assert isinstance(identified(Snapshot(policy, known()), bearer, NOW), Refusal)
+
+
+def test_a_new_policy_decides_anew() -> None:
+    """Decisions of the old snapshot do not reach the new one, for tokens and for the anonymous."""
+    stricter = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], tier=1)})
+    old, new, bearer = Snapshot(POLICY, keys()), Snapshot(stricter, keys()), token()
+    for caller in (None, bearer):
+        assert decided(old, asks("A", caller)).verdict is Verdict.ALLOW
+        assert decided(new, asks("A", caller)).verdict is Verdict.DENY
+
+
+def test_a_decision_is_remembered_for_the_same_question() -> None:
+    """Same caller, names and downgrade: the same decision object. Any of them different: another."""
+    snapshot, bearer = Snapshot(POLICY, keys()), premium()
+    first = decided(snapshot, asks("C,A", bearer))
+    assert decided(snapshot, asks(" C , A ", bearer)) is first
+    others = [
+        decided(snapshot, asks("A,C", bearer)),
+        decided(snapshot, asks("C,A")),
+        decided(snapshot, asks("C,A", token(plan="premium", sub="bob"))),
+        decided(snapshot, asks("C,A", bearer, x_srp_downgrade="never")),
+    ]
+    assert all(other is not first for other in others)
+    assert [o.subject for o in others] == ["ada", "", "bob", "ada"]
+
+
+def test_an_expired_token_has_no_remembered_decision() -> None:
+    """The identity is checked at each request, before what was decided for it."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
+    assert decided(snapshot, asks("A", bearer)).verdict is Verdict.ALLOW
+    assert decided(snapshot, asks("A", bearer), NOW + 40).reason is Reason.INVALID_TOKEN
+
+
+def test_policies_that_read_the_request_are_decided_each_time() -> None:
+    """Two requests alike but for what a rule reads have two answers."""
+    policy = replace(POLICY, experts={"G": Expert("G", 0, "g", allow=GET_ONLY)}, reads_request=True)
+    snapshot = Snapshot(policy, keys())
+    for bearer in (None, token()):
+        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
+        assert decided(snapshot, asks("G", bearer, "POST")).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
+    assert len(snapshot.decisions) == 0
+
+
+def test_names_that_anybody_can_invent_are_not_remembered() -> None:
+    """Unknown names, and names the gate refuses, take no memory."""
+    snapshot = Snapshot(POLICY)
+    for n in range(100):
+        decided(snapshot, asks(f"invented-{n},A"))
+        decided(snapshot, asks(f"invented-{n}"))
+        decided(snapshot, asks(f"in vented-{n}"))
+    assert len(snapshot.decisions) == 0
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """A full cache drops the least recently used decision."""
+    snapshot = Snapshot(POLICY)
+    assert snapshot.decisions.maxsize == CACHED_DECISIONS  # type: ignore[attr-defined]
+    known = decided(snapshot, asks("A"))
+    for n in range(CACHED_DECISIONS):
+        snapshot.decisions[(Identity(0), (str(n),), True)] = known
+    assert len(snapshot.decisions) == CACHED_DECISIONS
+    assert decided(snapshot, asks("A")) is not known
+
+
+def test_a_snapshot_that_is_replaced_is_freed() -> None:
+    """Nothing outside holds its identities and decisions."""
+    snapshot = Snapshot(POLICY, keys())
+    decision = weakref.ref(decided(snapshot, asks("A", token())))
+    assert decision() is not None
+    del snapshot
+    gc.collect()
+    assert decision() is None
+
+
+HEADERS = st.sampled_from(["authorization", "x-expert-access-token", "x-expert-names", DOWNGRADE])
+
+
+@given(st.dictionaries(HEADERS, header_texts), st.text(max_size=20), st.sets(HEADERS))
+def test_any_headers_give_a_decision(headers: dict[str, str], path: str, repeated: set[str]) -> None:
+    """Whatever comes, there is an answer; with anything in a token header it is a denial, and nobody is let in."""
+    found = check(Snapshot(POLICY, keys()), Request("GET", path, headers, repeated=frozenset(repeated)), NOW)
+    if "authorization" in headers or "x-expert-access-token" in headers:
+        assert isinstance(found, Refusal) or found.reason is Reason.INVALID_TOKEN
+    if isinstance(found, Decision):
+        assert (found.serve == ()) == (found.verdict is Verdict.DENY)
+        assert set(found.serve) <= {"A"}
