@@ -51,7 +51,7 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
     names = gate.read(snapshot.policy, request)
     if isinstance(names, Refusal):
         return refuse(names, snapshot.policy.tiers[caller.tier])
-    downgrade = request.headers.get(DOWNGRADE, "allow") == "allow" and DOWNGRADE not in request.repeated
+    downgrade = may_downgrade(request)
     if snapshot.policy.reads_request:
         return decide(snapshot.policy, caller, names, request, downgrade)
     key = (caller, names, downgrade)
@@ -61,6 +61,11 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
         if not decision.unknown:  # names that anybody can invent would fill the memory
             snapshot.decisions[key] = decision
     return decision
+
+
+def may_downgrade(request: Request) -> bool:
+    """Whether the client takes a lesser expert: it does, unless it says anything but `allow`."""
+    return request.headers.get(DOWNGRADE, "allow") == "allow" and DOWNGRADE not in request.repeated
 
 
 def identify(snapshot: Snapshot, request: Request, now: float) -> Identity | Refusal:

@@ -7,79 +7,68 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ext_authz.condition import Condition
 
 Members = frozenset[str] | None  # None: any of them
 
 _TOKENS = re.compile(
-    r"""\s*(?:(?P<string>"[^"\\\n]*"|'[^'\\\n]*')|(?P<name>[A-Za-z_]\w*)|(?P<number>\d[\w.]*)|(?P<sign>\S))""",
+    r"""(?P<string>"[^"\\\n]*"|'[^'\\\n]*')|(?P<name>[A-Za-z_]\w*)|(?P<number>\d[\w.]*)|(?P<sign>&&|\|\||//|\S)""",
     re.ASCII,
 )
-# Escapes, comments, prefixed and triple-quoted strings: rare enough not to be read at all.
-_DOUBTFUL = re.compile(r"""\\|[A-Za-z_]["']|["']["']["']""", re.ASCII)
-_OPERATORS = frozenset({"(", "&&", "||"})
-
-
-def members(condition: Condition, variable: str) -> Members:
-    """The members of `variable` that the condition's outcome can depend on; None if it may be any."""
-    if variable not in condition.reads:
-        return frozenset()
-    if _DOUBTFUL.search(condition.source):
-        return None
-    tokens = [_Token(m.lastgroup or "", m[m.lastgroup or 0]) for m in _TOKENS.finditer(condition.source)]
-    if any((a.text, b.text) == ("/", "/") for a, b in zip(tokens, tokens[1:], strict=False)):
-        return None
-    found: set[str] = set()
-    for index, token in enumerate(tokens):
-        if token == _Token("name", variable) and not _is_member(tokens, index):
-            name = _read_at(tokens, index)
-            if name is None:
-                return None
-            found.add(name)
-    return frozenset(found) or None
 
 
 @dataclass(frozen=True, slots=True)
 class _Token:
     kind: str = ""
     text: str = ""
+    joined: bool = False  # to the token before it, without a space
 
 
 _NOTHING = _Token()
+
+
+def members(condition: Condition, variable: str) -> Members:
+    """The members of `variable` that the condition's outcome can depend on; None if it may be any."""
+    if variable not in condition.reads:
+        return frozenset()
+    tokens = _tokens(condition.source)
+    found = {_read_at(tokens, i) for i, t in enumerate(tokens) if t.text == variable and _at(tokens, i - 1).text != "."}
+    known = frozenset(name for name in found if name is not None)
+    return known if known and len(known) == len(found) and not _doubtful(tokens) else None
+
+
+def _tokens(source: str) -> list[_Token]:
+    tokens: list[_Token] = []
+    end = -1
+    for found in _TOKENS.finditer(source):
+        tokens.append(_Token(found.lastgroup or "", found[0], found.start() == end))
+        end = found.end()
+    return tokens
+
+
+def _doubtful(tokens: list[_Token]) -> bool:
+    """Escapes, comments, prefixed and triple-quoted strings: too rare to be worth reading."""
+    strings = any(
+        b.kind == "string" and (a.kind == "string" or (b.joined and a.kind == "name")) for a, b in pairwise(tokens)
+    )
+    return strings or any(t.kind == "sign" and t.text in ("\\", "//", "'", '"') for t in tokens)
 
 
 def _at(tokens: list[_Token], index: int) -> _Token:
     return tokens[index] if 0 <= index < len(tokens) else _NOTHING
 
 
-def _is_member(tokens: list[_Token], index: int) -> bool:
-    """Whether the name is selected from something else, as in `request.claims`; a leading dot selects from nothing."""
-    if _at(tokens, index - 1).text != ".":
-        return False
-    before = _at(tokens, index - 2)
-    return before.text in (")", "]", "}") or (before.kind in ("name", "string", "number") and before.text != "in")
-
-
 def _read_at(tokens: list[_Token], index: int) -> str | None:
     """The one member read where the variable stands: `x.NAME`, `x["NAME"]` or `"NAME" in x`; None if it is not one."""
-    one, two, three = (_at(tokens, index + n) for n in (1, 2, 3))
-    if _at(tokens, index - 1).text == ".":
-        return None
+    before, one, two, three = (_at(tokens, index + n) for n in (-1, 1, 2, 3))
     if one.text == "." and two.kind == "name":
         return None if three.text == "(" else two.text
-    if one.text == "[" and two.kind == "string" and three.text == "]":
-        return two.text[1:-1]
-    if _at(tokens, index - 1) == _Token("name", "in") and one.text not in (".", "["):
-        return _membership(tokens, index)
+    if one.text == "[":
+        return two.text[1:-1] if two.kind == "string" and three.text == "]" else None
+    if before.text == "in" and one.text in ("", ")", "&&", "||"):
+        # Whatever binds tighter than `in` would make another name of the string.
+        name, begins = _at(tokens, index - 2), _at(tokens, index - 3).text in ("", "(", "&&", "||")
+        return name.text[1:-1] if name.kind == "string" and begins else None
     return None
-
-
-def _membership(tokens: list[_Token], index: int) -> str | None:
-    """The name in `"NAME" in x`, if nothing binds tighter to either side of it."""
-    name, before = _at(tokens, index - 2), _at(tokens, index - 3)
-    doubled = before.text + _at(tokens, index - 4).text  # the signs of && and || come one by one
-    begins = before is _NOTHING or before.text == "(" or doubled in _OPERATORS
-    after = _at(tokens, index + 1)
-    ends = after is _NOTHING or after.text in (")", "&", "|")
-    return name.text[1:-1] if name.kind == "string" and begins and ends else None

@@ -255,14 +255,13 @@ class _Followed:
         try:
             data = await self._read()
             digest = hashlib.sha256(data).digest()
-            known = self._record.keys if digest == self._record.digest else None
-            keys = await asyncio.to_thread(self._parse, data) if known is None else known
+            fresh = None if digest == self._record.digest else await asyncio.to_thread(self._parse, data)
         except _SourceError as e:
             self._failed(str(e))
         except Exception as e:  # noqa: BLE001 - the next attempt must come; the text may hold what was read
             self._failed(type(e).__name__)
         else:
-            self._succeeded(keys, digest)
+            self._succeeded(fresh, digest)
         finally:
             self.tried.set()
 
@@ -277,15 +276,16 @@ class _Followed:
         except ValueError as e:
             raise _SourceError(str(e)) from None
 
-    def _succeeded(self, keys: tuple[Key, ...], digest: bytes) -> None:
+    def _succeeded(self, fresh: tuple[Key, ...] | None, digest: bytes) -> None:
+        """`fresh` are the keys of a source that changed, None if it reads as it did."""
         record = self._record
         if record.error is not None:
             log.info("keys of %s: read again after %d failures", self._name, record.failed_in_row)
         record.loaded_at, record.error, record.failed_in_row = self._clock(), None, 0
-        if digest != record.digest:
-            record.keys, record.digest = keys, digest
-            kids = ", ".join(ascii(k.kid[:64]) for k in keys[:8] if k.kid is not None)
-            log.info("keys of %s: %d from %s (kid %s)", self._name, len(keys), self._place, kids or "absent")
+        if fresh is not None:
+            record.keys, record.digest = fresh, digest
+            kids = ", ".join(ascii(k.kid[:64]) for k in fresh[:8] if k.kid is not None)
+            log.info("keys of %s: %d from %s (kid %s)", self._name, len(fresh), self._place, kids or "absent")
             self._changed()
 
     def _failed(self, error: str) -> None:

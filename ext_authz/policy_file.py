@@ -103,10 +103,15 @@ def _validated(source: Source, mistakes: Mistakes) -> tuple[schema.File, frozens
         if path[-1] == "[key]" or error["type"] == "extra_forbidden":
             path = source.places.find(path)
             at = source.places.keys[path]
-        if path not in source.places.spoiled:
+        about = path[:-1] if error["type"] == "missing" else path
+        if about not in source.places.spoiled:
             mistakes.add(at, path, schema.explain(error, source.found(path, error["input"])))
     data, broken = _patched(source.data, errors)
-    return schema.File.model_validate(data), broken
+    try:
+        return schema.File.model_validate(data), broken
+    except ValidationError:
+        mistakes.finish()
+        raise
 
 
 def _patched(whole: dict[str, Any], errors: Sequence[ErrorDetails]) -> tuple[dict[str, Any], frozenset[str]]:
@@ -290,7 +295,8 @@ class _Compiler:
         try:
             return compile_condition(text, where, self._line(path), allowed)
         except ValueError as e:
-            self._add(path, f"not a condition: {printable(str(e), 300)}")
+            reason = printable(str(e), 300)
+            self._add(path, f"not a condition: {reason[:1].lower()}{reason[1:]}")
             return None
 
     def _tier(self, name: str, path: policy_source.Path) -> int:

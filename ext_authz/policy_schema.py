@@ -27,7 +27,7 @@ MAX_GATE = 256
 MAX_REVOKED = 100_000
 
 TARGET_CLUSTER = "x-target-cluster"
-RESERVED_CLUSTERS = frozenset({"none", "ext-authz"})
+RESERVED_CLUSTERS = frozenset({"none", "ext_authz"})
 
 _EXPECTED: dict[str, str] = {}  # pattern → what it stands for in a message
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -99,19 +99,19 @@ def instant(value: object) -> float | None:
 
 def _version(value: object) -> int:
     if value != 1 or type(value) is not int:
-        raise ValueError("expected 1")
+        raise ValueError("expected the number 1")
     return 1
 
 
 def _tier(name: str) -> str:
     if name == "deny":
-        raise ValueError("expected another name: `deny` means no tier")
+        raise ValueError("which stands for no tier, expected another name")
     return name
 
 
 def _cluster(name: str) -> str:
     if not is_cluster(name):
-        raise ValueError("expected another name: this one is reserved")
+        raise ValueError("which is reserved, expected another name")
     return name
 
 
@@ -120,8 +120,8 @@ def is_cluster(name: str) -> bool:
 
 
 def _header(name: str) -> str:
-    if name in (*TOKEN_HEADERS, "host") or name.startswith("x-srp-"):
-        raise ValueError("expected a header that may name experts")
+    if name in (*TOKEN_HEADERS, "host") or name.startswith(("x-srp-", "x-envoy-")):
+        raise ValueError("which cannot name experts, expected a header such as `x-expert-names`")
     if name == REQUESTED_CLUSTER:
         raise ValueError(f"expected `{TARGET_CLUSTER}`, as the client sends it")
     return name
@@ -134,15 +134,16 @@ def _normalized(path: str) -> str:
 
 
 def _jwks_url(url: str) -> str:
+    if "@" in url.split("/")[2]:
+        raise ValueError("a user or password in a URL is not supported")  # and not repeated: this goes to the log
     try:
         parts = urlsplit(url)
         host, plain = parts.hostname or "", parts.scheme == "http"
-        usable = bool(host) and parts.username is None and not parts.fragment and parts.port != 0
+        usable = bool(host) and not parts.fragment and parts.port != 0
     except ValueError:
-        usable = plain = False
-        host = ""
+        raise ValueError("expected a URL that can be read") from None
     if not usable:
-        raise ValueError("expected a URL with a host, and without user or fragment")
+        raise ValueError("expected a URL with a host and without a fragment")
     if plain and not _loopback(host):
         raise ValueError("expected https; http is for a loopback host only")
     return url
@@ -469,7 +470,7 @@ def explain(error: ErrorDetails, found: str) -> str:
             return "unknown key" + suggestion(str(key), keys_at(tuple(parent)))
         case "value_error":
             message = str(limits["error"])
-            return f"found {found}, {message}" if message.startswith("expected") else message
+            return f"found {found}, {message}" if message.startswith(("expected", "which")) else message
         case "string_type":
             quote = "; quote it" if found.startswith(("the boolean", "the number")) else ""
             return f"found {found}, expected text{quote}"
@@ -479,7 +480,7 @@ def explain(error: ErrorDetails, found: str) -> str:
             return f"found {len(error['input'])} characters, expected at most {limits['max_length']}"
         case "too_long" | "too_short" as kind:
             limit = f"at most {limits['max_length']}" if kind == "too_long" else f"at least {limits['min_length']}"
-            return f"found {limits['actual_length']} items, expected {limit}"
+            return f"found {len(error['input'])} items, expected {limit}"
         case "greater_than_equal":
             return f"found {found}, expected at least {limits['ge']}"
         case "less_than_equal":

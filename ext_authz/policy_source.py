@@ -315,19 +315,20 @@ class _Composer:
         return items
 
     def _key(self, event: Any, at: Position, path: Path) -> str | None:
-        """The text of a key; None, and a mistake, for a key that is no plain text."""
+        """The text of a key; None, and a mistake, for a key that is no plain text: its mapping is not what it seems."""
         if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
             key = self._value(event, (*path, "?"))
+            self.places.spoiled.add(path)
             if isinstance(key, list | dict):
                 self._mistakes.add(at, path, f"found {found(key, '')} as a key, expected text")
             return None
         key = self._scalar(event)
         if not isinstance(key, str):
             advice = "; quote it" if event.value else ""
-            self._mistakes.add(at, path, f"found {found(key, event.value)} as a key, expected text{advice}")
+            self._spoil(at, path, f"found {found(key, event.value)} as a key, expected text{advice}")
             return None
         if key == "<<" and event.implicit[0]:
-            self._mistakes.add(at, path, "merge key `<<` is not supported; write the keys out")
+            self._spoil(at, path, "merge key `<<` is not supported; write the keys out")
             return None
         return key
 

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
-from watchfiles import awatch
-
 from ext_authz import policy_file
 from ext_authz.check import Snapshot
 from ext_authz.clusters import cluster_resources
@@ -23,12 +21,11 @@ from ext_authz.keys import KeyStore
 from ext_authz.policy import Policy
 from ext_authz.policy_file import PolicyError
 from ext_authz.server import Epoch
+from ext_authz.watched import WatchedFile
 from ext_authz.xds import Ads, Kind
 
 ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
 CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
-SETTLE = 0.02  # seconds a file must hold still before it is believed
-POLL = 5.0  # seconds between looks at the file, should a notification be lost
 
 log = logging.getLogger("srp.reload")
 
@@ -52,12 +49,11 @@ class Control:
     """Keeps one policy in force. `install` is called with each new epoch."""
 
     def __init__(self, path: Path, keys: KeyStore, ads: Ads, install: Callable[[Epoch], None]) -> None:
-        self._path = path
+        self._file = WatchedFile(path)
         self._keys = keys
         self._ads = ads
         self._install = install
         self._policy: Policy | None = None
-        self._seen = b""
         self._epoch = 0
         self._since = 0.0
         self._reloads = self._failures = 0
@@ -74,28 +70,21 @@ class Control:
 
     async def start(self) -> None:
         """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
-        text = await self._read()
-        await self._adopt(await asyncio.to_thread(policy_file.parse, text, str(self._path), self._path.parent))
+        await self._adopt(await self._parse(await self._file.read() or b""))
 
     async def watch(self) -> None:
         """Follow the file until cancelled."""
-        # The folder, not the file: a ConfigMap swaps a symlink and editors rename; a watch on the file follows neither.
-        changes = awatch(
-            self._path.parent, watch_filter=None, debounce=50, step=10, recursive=False,
-            rust_timeout=int(POLL * 1000), yield_on_timeout=True,
-        )  # fmt: skip
-        async for _ in changes:
+        async for _ in self._file.changes():
             await self.reload()
 
     async def reload(self) -> bool:
         """Read the file again; put it in force if it changed and is good. Whether it did."""
         async with self._lock:
             try:
-                before = self._seen
-                text = await self._read()
-                if text == before:
+                text = await self._file.read()
+                if text is None:
                     return False
-                policy = await asyncio.to_thread(policy_file.parse, text, str(self._path), self._path.parent)
+                policy = await self._parse(text)
             except (PolicyError, OSError) as e:
                 self._refuse(str(e))
                 return False
@@ -107,18 +96,9 @@ class Control:
             self._drain.cancel()
             await asyncio.gather(self._drain, return_exceptions=True)
 
-    async def _read(self) -> bytes:
-        """The file's bytes once they hold still: half a file may be a valid policy of another meaning."""
-        text = await asyncio.to_thread(self._path.read_bytes)
-        if text != self._seen:
-            for _ in range(50):
-                await asyncio.sleep(SETTLE)
-                again = await asyncio.to_thread(self._path.read_bytes)
-                if again == text:
-                    break
-                text = again
-        self._seen = text
-        return text
+    async def _parse(self, text: bytes) -> Policy:
+        path = self._file.path
+        return await asyncio.to_thread(policy_file.parse, text, str(path), path.parent)
 
     async def _adopt(self, policy: Policy) -> bool:
         old = self._policy

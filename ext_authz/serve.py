@@ -26,6 +26,7 @@ from ext_authz.reload import Control
 from ext_authz.server import Authorization, Epoch, Server
 from ext_authz.settings import Settings
 from ext_authz.status import StatusListener
+from ext_authz.witness import Witness
 from ext_authz.xds import Ads
 
 log = logging.getLogger("srp")
@@ -66,18 +67,29 @@ async def _serve(settings: Settings) -> None:
         keys = KeyStore()
         stack.push_async_callback(keys.close)
         authorization = Authorization(_NOBODY, keys, tally)
-        control = Control(settings.policy, keys, ads, lambda epoch: setattr(authorization, "epoch", epoch))
+        witness = authorization.witness = Witness.of(settings)
+        if witness is not None:
+            stack.push_async_callback(witness.close)
+            witness.start()
+
+        def install(epoch: Epoch) -> None:
+            authorization.epoch = epoch
+            if witness is not None:
+                witness.beside(epoch.snapshot)
+
+        control = Control(settings.policy, keys, ads, install)
         stack.push_async_callback(control.close)
         await control.start()
 
         def report() -> dict[str, Any]:
-            return _report(began, control, keys, ads, tally)
+            return _report(began, control, keys, ads, tally) | (witness.report() if witness else {})
 
         def families() -> Iterator[Metric]:
             return _families(control, keys, ads)
 
         if settings.status is not None:
-            status = StatusListener(*settings.status, registry(tally.families, families), report)
+            sources = (tally.families, families, *((witness.families,) if witness else ()))
+            status = StatusListener(*settings.status, registry(*sources), report)
             await status.start()
             stack.push_async_callback(status.stop)
             log.info("status on http://%s:%d", settings.status[0], status.port)

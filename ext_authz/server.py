@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ext_authz import wire
 from ext_authz.check import Snapshot, check
 from ext_authz.metrics import Tally
-from ext_authz.model import Decision, Refusal, refuse
+from ext_authz.model import Decision, Refusal, Request, refuse
 
 SERVICE = "envoy.service.auth.v3.Authorization"
 MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of headers
@@ -30,6 +30,12 @@ DRAIN = 10.0  # seconds
 KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
 
 log = logging.getLogger("srp.server")
+
+
+# Sees each decision after its answer: the snapshot that made it, the request, the decision, its id and its time.
+Witness = Callable[[Snapshot, Request, Decision, str, float], None]
+
+_UNREAD = Request("", "", {})
 
 
 class FreshKeys(Protocol):
@@ -58,26 +64,30 @@ class Authorization:
         self._keys = keys
         self._tally = tally
         self._clock = clock
+        self.witness: Witness | None = None
         self._seen_errors: set[str] = set()
 
     async def check(self, data: bytes, context: Any = None) -> bytes:
         """One serialised CheckRequest to one serialised CheckResponse. Never raises but for cancellation."""
         began = time.perf_counter()
-        epoch = self.epoch
+        epoch, now, request = self.epoch, self._clock(), _UNREAD
+        decision_id = epoch.writer.new_id()
         try:
             request = wire.read(data)
-            outcome = check(epoch.snapshot, request, self._clock())
+            outcome = check(epoch.snapshot, request, now)
             if isinstance(outcome, Refusal):
                 await self._fresh(outcome.issuer or "")
-                epoch = self.epoch
-                outcome = check(epoch.snapshot, request, self._clock())
+                epoch, now = self.epoch, self._clock()
+                outcome = check(epoch.snapshot, request, now)
                 if isinstance(outcome, Refusal):
                     outcome = refuse(outcome)
-            answer = epoch.writer.write(outcome)
+            answer = epoch.writer.write(outcome, decision_id)
         except Exception as e:  # noqa: BLE001 - the one broad except: whatever went wrong, the answer is no
             self._failed(e)
-            outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL)
+            outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL, decision_id)
         self._count(outcome, time.perf_counter() - began)
+        if self.witness is not None:
+            asyncio.get_running_loop().call_soon(self.witness, epoch.snapshot, request, outcome, decision_id, now)
         return answer
 
     async def _fresh(self, issuer: str) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_MIB = 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The server's settings. `status` None: no HTTP listener. `drain` is in seconds."""
+    """The server's settings. `status` None: no HTTP listener. `drain` is in seconds, `decision_log_size` in bytes."""
 
     policy: Path
     listen: str = "unix:/run/srp/ext_authz.sock"
@@ -18,6 +20,10 @@ class Settings:
     drain: float = 10.0
     max_concurrent: int = 1024
     log_level: str = "info"
+    decision_log: Path | None = None
+    decision_log_size: int = 64 * _MIB
+    decision_log_keep: int = 4
+    shadow_policy: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -35,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("drain", "10", "seconds that running checks get to finish at SIGTERM")
     flag("max-concurrent", "1024", "checks in flight; more are refused and Envoy answers 503")
     flag("log-level", "info", "debug, info, warning or error")
+    flag("decision-log", None, "file to append each decision to, for `srp diff`")
+    flag("decision-log-size", "64", "MiB that it grows to before it becomes FILE.1, and that FILE.2")
+    flag("decision-log-keep", "4", "such older files to keep")
+    flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
 def read(args: argparse.Namespace) -> Settings:
@@ -49,9 +59,15 @@ def read(args: argparse.Namespace) -> Settings:
     concurrent = _number(args.max_concurrent, "--max-concurrent", 1, 100_000, mistakes)
     if args.log_level not in ("debug", "info", "warning", "error"):
         mistakes.append(f"--log-level: expected debug, info, warning or error, found `{args.log_level}`")
+    size = _number(args.decision_log_size, "--decision-log-size", 1, 1024 * 1024, mistakes)
+    keep = _number(args.decision_log_keep, "--decision-log-keep", 0, 1000, mistakes)
+    decision_log, shadow = (Path(f) if f else None for f in (args.decision_log, args.shadow_policy))
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return Settings(Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level)
+    return Settings(
+        Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
+        decision_log, int(size * _MIB), int(keep), shadow,
+    )  # fmt: skip
 
 
 def _address(text: str, flag: str, mistakes: list[str]) -> tuple[str, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
+from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction
 from envoy_data_plane.envoy.service.auth.v3 import CheckRequest, CheckResponse
 from google.protobuf.message import DecodeError
 
@@ -25,6 +26,7 @@ _CheckRequest: Any = _TWINS[CheckRequest]
 _CheckResponse: Any = _TWINS[CheckResponse]
 
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
+_OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
@@ -64,16 +66,19 @@ class Writer:
         self._ids = count(secrets.randbits(64))
         self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
 
-    def write(self, decision: Decision) -> bytes:
-        """A serialised CheckResponse with an id of its own."""
+    def new_id(self) -> str:
+        """An id for one decision."""
+        # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
+        return f"{next(self._ids) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF:016x}"
+
+    def write(self, decision: Decision, decision_id: str | None = None) -> bytes:
+        """A serialised CheckResponse with `decision_id`, or an id of its own."""
         parts = self._prepared.get(decision)
         if parts is None:
             build = _ok if decision.serve else _denied
             response = build(self._policy, decision, self._sentinel)
             parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
-        # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
-        decision_id = f"{next(self._ids) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF:016x}"
-        return decision_id.encode().join(parts)
+        return (decision_id or self.new_id()).encode().join(parts)
 
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
@@ -81,7 +86,7 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     ok = response.ok_response
     experts = [policy.experts[n] for n in decision.serve]
     upstream = {
-        "x-target-cluster": ",".join(f"{e.cluster};w={e.weight}" for e in experts),
+        "x-target-cluster": ",".join(f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts),
         "x-srp-subject": quote(decision.subject, safe=_VISIBLE),
         "x-srp-tier": decision.caller_tier or "",
         "x-srp-decision-id": decision_id,
@@ -166,11 +171,11 @@ def _metadata(response: Any, policy: Policy, decision: Decision, decision_id: st
 
 
 def _set(options: Any, headers: dict[str, str]) -> None:
-    """Each header once, overwriting (`append` unset: envoy.config.core.v3.HeaderValueOption)."""
+    """Each header once, in place of any of its name. Envoy reads `value`, not `raw_value`, and appends by default."""
     for name, value in headers.items():
-        option = options.add()
+        option = options.add(append_action=_OVERWRITE)
         option.header.key = name
-        option.header.raw_value = value.encode("ascii", "replace")
+        option.header.value = value.encode("ascii", "replace").decode()
 
 
 INTERNAL = Decision(Verdict.DENY, Reason.INTERNAL, detail="the request could not be decided")

@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import header_texts
-from tokens import AUDIENCE, ISSUER
 
+import tokens
 from ext_authz.check import CACHED_DECISIONS, DOWNGRADE, Snapshot, check, identify
 from ext_authz.condition import compile_condition
 from ext_authz.identity import Keys
 from ext_authz.jwk import parse_jwks
 from ext_authz.model import Decision, Identity, Reason, Refusal, Request, Verdict
 from ext_authz.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
+from strategies import header_texts
+from tokens import AUDIENCE, ISSUER
 
 NOW = 1_800_000_000.0
 GET_ONLY = compile_condition('request.method == "GET"', "experts.G.allow", 1)

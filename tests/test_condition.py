@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import header_texts, json_values
 
 from ext_authz.condition import MAX_LENGTH, MAX_NESTING, VARIABLES, Truth, compile_condition, context
+from strategies import header_texts, json_values
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = {

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import HOLDS, callers, named, policies, requests
 
 from ext_authz.condition import Condition, compile_condition
 from ext_authz.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
 from ext_authz.policy import ClearanceRule, Expert, Policy, clearance, decide
+from strategies import HOLDS, callers, named, policies, requests
 
 LOW, MID, HIGH = 0, 1, 2
 GET = Request("GET", "/", {"x-team": "red"})

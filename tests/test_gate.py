@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import header_texts, json_values
 
 from ext_authz import gate
 from ext_authz.gate import MAX_NAME_LENGTH, MAX_NAMES
 from ext_authz.model import Reason, Refusal, Request
 from ext_authz.policy import Expert, GateRule, Policy
+from strategies import header_texts, json_values
 
 EXPERTS = {n: Expert(n, 0, f"expert-{n.lower()}") for n in ("A", "B", "C")}
 CLUSTERS = {e.cluster: e.name for e in EXPERTS.values()}

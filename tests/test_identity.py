@@ -11,15 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tokens
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import get_default_algorithms
-from strategies import json_values
-from tokens import AUDIENCE, ISSUER, b64, raw_parts, raw_token, sign, with_unused_bit
 
+import tokens
 from ext_authz import identity
 from ext_authz.check import Snapshot, identify
 from ext_authz.condition import compile_condition
@@ -27,6 +25,8 @@ from ext_authz.identity import MAX_TOKEN, anonymous, token_of, verify
 from ext_authz.jwk import parse_jwks, secret_key
 from ext_authz.model import Identity, Reason, Refusal, Request
 from ext_authz.policy import ClearanceRule, Issuer, Policy, Revoked
+from strategies import json_values
+from tokens import AUDIENCE, ISSUER, b64, raw_parts, raw_token, sign, with_unused_bit
 
 NOW = 1_800_000_000.0
 LEEWAY = 30

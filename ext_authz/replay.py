@@ -1,0 +1,230 @@
+"""One logged decision made again under two policies: what would differ, or why that cannot be told. Pure.
+
+Nothing is guessed. Where a policy reads what the record does not hold, the record is not replayed. That the caller's
+token was good is taken from the log, unless the two policies disagree about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from ext_authz import identity
+from ext_authz.condition import Condition
+from ext_authz.condition_reads import Members, members
+from ext_authz.decision_record import Record
+from ext_authz.difference import Difference, difference
+from ext_authz.gate import REQUESTED_CLUSTER
+from ext_authz.model import Decision, Identity, Reason, Refusal, Request, refuse
+from ext_authz.policy import GateRule, Issuer, Policy, Revoked, clearance, decide
+
+MAX_REMEMBERED = 100_000
+
+_AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
+_REVOKED = Refusal(Reason.INVALID_TOKEN, "the token is revoked")
+_UNTRUSTED = Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
+
+
+class Cause(StrEnum):
+    """Why a record cannot be replayed."""
+
+    EARLY = "refused before the gate"
+    CLAIMS = "claims not logged"
+    REQUEST = "request not logged"
+    GATE = "gate changed"
+    ISSUERS = "issuers changed"
+    REVOKED = "revocation changed"
+    OTHERWISE = "decided otherwise"
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The record cannot be replayed; `detail` names what is missing."""
+
+    cause: Cause
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Both decisions. `widening`: a denial turned to allow, or an expert offered that the old policy kept from the
+    caller."""
+
+    old: Decision
+    new: Decision
+    difference: Difference
+    widening: bool
+
+
+class Replay:
+    """Replays records under `old` and `new`. Records that are alike are decided once."""
+
+    def __init__(self, old: Policy, new: Policy) -> None:
+        self._old, self._new = old, new
+        self._reads = tuple(_Reads(p) for p in (old, new))
+        self._alike = _same_gates(old, new)
+        # Where a request came from matters only if the two policies could read it differently.
+        self._by_request = not self._alike or old.reads_request or new.reads_request
+        self._known: dict[Any, Outcome | Unknown] = {}
+
+    def __call__(self, record: Record) -> Outcome | Unknown:
+        """What comes of the record under both."""
+        of_old = record.policy == self._old.digest
+        key = (
+            record.requested, record.anonymous, record.downgrade, repr(record.claims), record.absent,
+            record.reason in _AT_THE_GATE, of_old, (record.method, record.path) if self._by_request else None,
+        )  # fmt: skip
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= MAX_REMEMBERED:
+                self._known.clear()
+            found = self._known[key] = self._replay(record)
+        if of_old and isinstance(found, Outcome) and not _reproduces(found.old, record):
+            return Unknown(Cause.OTHERWISE, "the old policy, as it is here, does not decide as it is logged")
+        return found
+
+    def _replay(self, record: Record) -> Outcome | Unknown:
+        if record.requested is None and record.reason not in _AT_THE_GATE:
+            return Unknown(Cause.EARLY)
+        unknown = self._gate(record) or self._token(record) or self._conditions(record)
+        if unknown:
+            return unknown
+        old, new = (_decide(p, _caller(p, record), record) for p in (self._old, self._new))
+        found = difference(old, new)
+        widening = found is Difference.DENY_TO_ALLOW or any(
+            not _permitted(self._old, record, name) for name in new.serve if name not in old.serve
+        )
+        return Outcome(old, new, found, widening)
+
+    def _gate(self, record: Record) -> Unknown | None:
+        """Whether the same names would be read of the request."""
+        if self._alike:
+            return None
+        if record.path is None:
+            return Unknown(Cause.REQUEST, "path")
+        old, new = (next((r for r in p.gate if r.covers(record.path)), None) for p in (self._old, self._new))
+        if _source(old) != _source(new):
+            return Unknown(Cause.GATE, "other names may be read")
+        if old and REQUESTED_CLUSTER == old.header and self._old.clusters != self._new.clusters:
+            return Unknown(Cause.GATE, "clusters changed")
+        if old and new and old.default != new.default:
+            # The record does not tell whether names were asked for or are the default.
+            by_default = record.requested in (None, old.default) or record.policy != self._old.digest
+            return Unknown(Cause.GATE, "the default may apply") if by_default else None
+        return None
+
+    def _token(self, record: Record) -> Unknown | None:
+        """Whether it can be told if each policy accepts the token."""
+        if record.anonymous:
+            return None
+        changed = _changed_issuers(self._old, self._new)
+        if changed and not _knows(record, "iss"):
+            return Unknown(Cause.ISSUERS, "iss")
+        iss = (record.claims or {}).get("iss")
+        if iss in changed and iss in self._old.issuers and iss in self._new.issuers:
+            return Unknown(Cause.ISSUERS, str(iss))
+        for claim in _changed_revocations(self._old.revoked, self._new.revoked):
+            if not _knows(record, claim):
+                return Unknown(Cause.REVOKED, claim)
+        return None
+
+    def _conditions(self, record: Record) -> Unknown | None:
+        """Whether the record holds all that the conditions which concern it read."""
+        for reads in self._reads:
+            missing = reads.missing(record)
+            if missing:
+                return missing
+        return None
+
+
+class _Reads:
+    """What the conditions of one policy read, worked out once."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._clearance = [_Read.of(rule.when) for rule in policy.clearance]
+        self._allow = {e.name: _Read.of(e.allow) for e in policy.experts.values() if e.allow is not None}
+
+    def missing(self, record: Record) -> Unknown | None:
+        needed = [] if record.anonymous else [*self._clearance]
+        for name in record.requested or ():
+            expert = self._policy.experts.get(name)
+            if expert is not None:
+                needed += [self._allow[n] for n in (name, *expert.downgrade_to) if n in self._allow]
+        return next((unknown for read in needed if (unknown := read.missing(record))), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    where: str
+    claims: Members
+    request: Members
+
+    @classmethod
+    def of(cls, condition: Condition) -> _Read:
+        return cls(condition.where, members(condition, "claims"), members(condition, "request"))
+
+    def missing(self, record: Record) -> Unknown | None:
+        """An anonymous caller has no claims, which is all there is to know of them."""
+        if self.claims is None and not record.anonymous:
+            return Unknown(Cause.CLAIMS, f"{self.where} may read any claim")
+        if lacking := sorted(c for c in self.claims or () if not _knows(record, c)):
+            return Unknown(Cause.CLAIMS, f"{self.where} reads claims.{lacking[0]}")
+        known = {"method", "path"} if record.path is not None else {"method"}
+        if self.request is None or not self.request <= known:
+            return Unknown(Cause.REQUEST, f"{self.where} reads more than method and path")
+        return None
+
+
+def _knows(record: Record, claim: str) -> bool:
+    if record.anonymous:
+        return True
+    return record.claims is not None and (claim in record.claims or claim in record.absent)
+
+
+def _caller(policy: Policy, record: Record) -> Identity | Refusal:
+    """The caller as `policy` sees it; the record is known to hold what that takes."""
+    if record.anonymous:
+        return identity.anonymous(policy)
+    claims: Mapping[str, Any] = record.claims or {}
+    if _knows(record, "iss") and claims.get("iss") not in policy.issuers:
+        return _UNTRUSTED
+    if policy.revoked.names(claims):
+        return _REVOKED
+    tier, errors = clearance(policy, claims)
+    return Identity(tier, issuer="", claims=claims, errors=errors)
+
+
+def _decide(policy: Policy, caller: Identity | Refusal, record: Record) -> Decision:
+    if isinstance(caller, Refusal):
+        return refuse(caller)
+    if record.requested is None:
+        return refuse(Refusal(record.reason, ""), policy.tiers[caller.tier])
+    return decide(policy, caller, record.requested, Request(record.method, record.path or "", {}), record.downgrade)
+
+
+def _permitted(policy: Policy, record: Record, expert: str) -> bool:
+    caller = _caller(policy, record)
+    if isinstance(caller, Refusal):
+        return False
+    request = Request(record.method, record.path or "", {})
+    return bool(decide(policy, caller, (expert,), request, downgrade=False).serve)
+
+
+def _reproduces(decision: Decision, record: Record) -> bool:
+    return decision.verdict is record.verdict and set(decision.serve) == set(record.serve)
+
+
+def _source(rule: GateRule | None) -> tuple[object, object] | None:
+    """Where a gate rule reads the names; None if no rule covers the path."""
+    return None if rule is None else (rule.pointer, rule.header)
+
+
+def _same_gates(old: Policy, new: Policy) -> bool:
+    def text(policy: Policy) -> list[object]:
+        return [(r.match, r.exact, r.pointer, r.header, r.default) for r in policy.gate]
+
+    by_cluster = any(r.header == REQUESTED_CLUSTER for r in old.gate)
+    return text(old) == text(new) and not (by_cluster and old.clusters != new.clusters)

@@ -1,0 +1,50 @@
+"""A file that somebody else replaces: read whole, and read again when it may have changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+from watchfiles import awatch
+
+SETTLE = 0.02  # seconds a file must hold still before it is believed
+POLL = 5.0  # seconds between looks at the file, should a notification be lost
+
+
+class WatchedFile:
+    """The file at `path`, and its bytes when they were last read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: bytes | None = None
+
+    async def read(self) -> bytes | None:
+        """The bytes once they hold still, None if they are those of the last time; OSError if it cannot be read."""
+        before, self._seen = self._seen, None  # what comes after an error is news, even if it is what was there before
+        text = await asyncio.to_thread(self.path.read_bytes)
+        if text != before:
+            # Half a file may be a valid policy of another meaning.
+            for _ in range(50):
+                await asyncio.sleep(SETTLE)
+                again = await asyncio.to_thread(self.path.read_bytes)
+                if again == text:
+                    break
+                text = again
+        self._seen = text
+        return None if text == before else text
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Comes round whenever the file may have changed, without end."""
+        while True:
+            # The folder, not the file: a ConfigMap swaps a symlink and editors rename, and neither shows in the file.
+            events = awatch(
+                self.path.parent, watch_filter=None, debounce=50, step=10, recursive=False,
+                rust_timeout=int(POLL * 1000), yield_on_timeout=True,
+            )  # fmt: skip
+            with suppress(FileNotFoundError):
+                async for _ in events:
+                    yield
+            await asyncio.sleep(POLL)  # the folder is not there
+            yield
