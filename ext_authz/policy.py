@@ -128,6 +128,13 @@ class Revoked:
     sub: frozenset[str] = frozenset()
     issued_before: float | None = None
 
+    def covers(self, claims: Claims) -> bool:
+        """Whether what `claims` say is revoked; what they leave out is not held against them."""
+        jti, sub, iat = (claims.get(name) for name in ("jti", "sub", "iat"))
+        if (isinstance(jti, str) and jti in self.jti) or (isinstance(sub, str) and sub in self.sub):
+            return True
+        return self.issued_before is not None and isinstance(iat, int | float) and iat < self.issued_before
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 from ext_authz import identity
@@ -18,9 +19,9 @@ from ext_authz.decision_record import Record
 from ext_authz.difference import Difference, difference
 from ext_authz.gate import REQUESTED_CLUSTER
 from ext_authz.model import Decision, Identity, Reason, Refusal, Request, refuse
-from ext_authz.policy import GateRule, Issuer, Policy, Revoked, clearance, decide
+from ext_authz.policy import GateRule, Policy, Revoked, clearance, decide
 
-MAX_REMEMBERED = 100_000
+MAX_REMEMBERED = 20_000
 
 _AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
 _REVOKED = Refusal(Reason.INVALID_TOKEN, "the token is revoked")
@@ -119,16 +120,17 @@ class Replay:
         """Whether it can be told if each policy accepts the token."""
         if record.anonymous:
             return None
-        changed = _changed_issuers(self._old, self._new)
+        # Whom the old policy has let in already is of an issuer that it trusts, and not revoked by it.
+        let_in = record.policy == self._old.digest
+        changed = _changed_issuers(self._old, self._new, let_in)
         if changed and not _knows(record, "iss"):
-            return Unknown(Cause.ISSUERS, "iss")
+            return Unknown(Cause.ISSUERS, "needs claims.iss")
         iss = (record.claims or {}).get("iss")
         if iss in changed and iss in self._old.issuers and iss in self._new.issuers:
-            return Unknown(Cause.ISSUERS, str(iss))
-        for claim in _changed_revocations(self._old.revoked, self._new.revoked):
-            if not _knows(record, claim):
-                return Unknown(Cause.REVOKED, claim)
-        return None
+            return Unknown(Cause.ISSUERS, f"other tokens of {iss} may be good")
+        needed = _changed_revocations(self._old.revoked, self._new.revoked, let_in)
+        lacking = next((claim for claim in needed if not _knows(record, claim)), None)
+        return Unknown(Cause.REVOKED, f"needs claims.{lacking}") if lacking else None
 
     def _conditions(self, record: Record) -> Unknown | None:
         """Whether the record holds all that the conditions which concern it read."""
@@ -191,7 +193,7 @@ def _caller(policy: Policy, record: Record) -> Identity | Refusal:
     claims: Mapping[str, Any] = record.claims or {}
     if _knows(record, "iss") and claims.get("iss") not in policy.issuers:
         return _UNTRUSTED
-    if policy.revoked.names(claims):
+    if policy.revoked.covers(claims) or (policy.revoked.issued_before is not None and "iat" in record.absent):
         return _REVOKED
     tier, errors = clearance(policy, claims)
     return Identity(tier, issuer="", claims=claims, errors=errors)
@@ -215,6 +217,23 @@ def _permitted(policy: Policy, record: Record, expert: str) -> bool:
 
 def _reproduces(decision: Decision, record: Record) -> bool:
     return decision.verdict is record.verdict and set(decision.serve) == set(record.serve)
+
+
+def _changed_issuers(old: Policy, new: Policy, let_in: bool) -> frozenset[str]:
+    """The issuers that the policies treat differently, as far as that can concern the caller."""
+    names = old.issuers.keys() if let_in else old.issuers.keys() | new.issuers.keys()
+    return frozenset(name for name in names if old.issuers.get(name) != new.issuers.get(name))
+
+
+def _changed_revocations(old: Revoked, new: Revoked, let_in: bool) -> list[str]:
+    """The claims that tell whether a token is revoked by one policy only."""
+    needed = [
+        claim
+        for claim, before, after in (("jti", old.jti, new.jti), ("sub", old.sub, new.sub))
+        if after - before or (before - after and not let_in)
+    ]
+    before, after = (r.issued_before if r.issued_before is not None else -inf for r in (old, new))
+    return [*needed, "iat"] if after > before or (after < before and not let_in) else needed
 
 
 def _source(rule: GateRule | None) -> tuple[object, object] | None:

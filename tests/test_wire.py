@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue, HeaderValueOption
@@ -22,7 +24,7 @@ from envoy_data_plane.envoy.service.auth.v3 import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ext_authz.model import STATUS, Decision, Identity, Reason, Refusal, Request, Struck, Verdict, refuse
+from ext_authz.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
 from ext_authz.policy import Expert, Policy, Traffic, decide
 from ext_authz.twin import twins
 from ext_authz.wire import INTERNAL, Writer, read
@@ -187,6 +189,7 @@ POLICY = Policy(
         "A": Expert("A", 0, "expert-a", weight=2),
         "B": Expert("B", 0, "expert-b"),
         "C": Expert("C", 1, "expert-c", downgrade_to=("A",)),
+        "D": Expert("D", 1, "expert-d"),
     },
     digest="0123456789ab",
 )
@@ -243,6 +246,7 @@ def without_id(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name != "x-srp-decision-id"}
 
 
+DIGEST = {"x-srp-policy": POLICY.digest}
 DEFAULT_TRAFFIC = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": "1"}
 
 OK = [
@@ -250,19 +254,19 @@ OK = [
     (
         "allow", asked("B", "A"),
         {"x-target-cluster": "expert-b;w=1,expert-a;w=2", "x-srp-subject": "ada", "x-srp-tier": "low"},
-        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "B,A", "x-srp-policy": POLICY.digest},
+        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "B,A", **DIGEST},
     ),
     (
         "anonymous", asked("A", caller=Identity(0)),
         {"x-target-cluster": "expert-a;w=2", "x-srp-tier": "low"},
-        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "A", "x-srp-policy": POLICY.digest},
+        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "A", **DIGEST},
     ),
     (
         "downgrade, with an unknown name", asked("C", "Z"),
         {"x-target-cluster": "expert-a;w=2", "x-srp-subject": "ada", "x-srp-tier": "low"},
         {
             "x-srp-decision": "downgrade", "x-srp-reason": "tier_too_low", "x-srp-requested": "C",
-            "x-srp-unknown": "Z", "x-srp-policy": POLICY.digest,
+            "x-srp-unknown": "Z", **DIGEST,
         },
     ),
 ]  # fmt: skip
@@ -272,7 +276,8 @@ OK = [
 def test_what_is_served(decision: Decision, sent: dict[str, str], answered: dict[str, str]) -> None:
     """An OK sets the target, the verified caller and the traffic limits, and tells the client the verdict."""
     response = written(decision)
-    assert (response.status is None or response.status.code == 0) and response.denied_response is None
+    assert response.status is None or response.status.code == 0
+    assert response.denied_response is None
     assert without_id(upstream(decision)) == {**sent, **DEFAULT_TRAFFIC}
     assert without_id(told(decision)) == answered
     assert response.ok_response is not None
@@ -333,15 +338,13 @@ SUBJECTS = [
 
 @pytest.mark.parametrize(("subject", "header"), SUBJECTS)
 def test_subjects_are_encoded(subject: str, header: str) -> None:
-    """All but visible ASCII is percent-encoded, and the percent sign with it: the value is one header's and reversible."""
+    """All but visible ASCII is percent-encoded, and the percent sign with it: no subject is another's."""
     assert upstream(asked("A", caller=replace(CALLER, subject=subject)))["x-srp-subject"] == header
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50))
 def test_no_subject_can_inject_a_header(subject: str) -> None:
     """Whatever the subject, the header is visible ASCII and says it exactly."""
-    from urllib.parse import unquote
-
     header = upstream(asked("A", caller=replace(CALLER, subject=subject)))["x-srp-subject"]
     assert re.fullmatch("[!-~]+", header)
     assert unquote(header) == subject
@@ -350,14 +353,12 @@ def test_no_subject_can_inject_a_header(subject: str) -> None:
 DENIALS: list[tuple[str, Decision, int, dict[str, Any], dict[str, str]]] = [
     # name, decision, status, error members, headers beyond those of every denial
     (
-        "tier too low", asked("C", "Z", downgrade=True) if False else decide(
-            replace(POLICY, experts={**POLICY.experts, "C": Expert("C", 1, "expert-c")}), CALLER, ["C", "Z"], GET),
-        403,
+        "tier too low", asked("D", "Z"), 403,
         {
-            "code": "tier_too_low", "message": "expert C needs tier high, the caller has low",
-            "requested": ["C", "Z"], "required_tier": "high", "caller_tier": "low",
+            "code": "tier_too_low", "message": "expert D needs tier high, the caller has low",
+            "requested": ["D", "Z"], "required_tier": "high", "caller_tier": "low",
         },
-        {"x-srp-requested": "C", "x-srp-unknown": "Z"},
+        {"x-srp-requested": "D", "x-srp-unknown": "Z"},
     ),
     (
         "downgrade forbidden", asked("C", downgrade=False), 403,
@@ -451,7 +452,7 @@ def test_denials(decision: Decision, status: int, error: dict[str, Any], headers
         "cache-control": "no-store",
         "x-srp-decision": "deny",
         "x-srp-reason": error["code"],
-        "x-srp-policy": POLICY.digest,
+        **DIGEST,
         **headers,
     }
 
@@ -517,7 +518,7 @@ def test_ids_are_unique() -> None:
     assert len(set(ids)) == 10_000
 
 
-@pytest.mark.parametrize("decision", [asked("A", "Z"), asked("C", downgrade=False), INTERNAL], ids=["ok", "deny", "internal"])
+@pytest.mark.parametrize("decision", [asked("A", "Z"), asked("C", downgrade=False), INTERNAL], ids=["ok", "no", "oops"])
 def test_written_twice_differs_only_in_the_id(decision: Decision) -> None:
     """The id is the only thing of a request in a remembered answer, and is the same in every place of it."""
     writer = Writer(POLICY)
@@ -565,8 +566,6 @@ def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> Non
 
 def test_an_answer_lives_as_long_as_its_decision() -> None:
     """The writer holds no decision that nobody else holds."""
-    import gc
-
     writer, kept = Writer(POLICY), asked("A")
     writer.write(kept)
     for _ in range(100):
@@ -585,13 +584,9 @@ def test_whatever_is_asked_the_answer_is_clean(names: list[str], forbid: bool, d
     for decision in (
         asked(*names, downgrade=not forbid),
         asked("A", *names),
-        replace_detail(Decision(Verdict.DENY, Reason.INVALID_TOKEN, struck=(Struck("A", Reason.BAD_GATE, ""),)), detail),
+        Decision(Verdict.DENY, Reason.INVALID_TOKEN, detail=detail),
     ):
         told(decision)
         response = written(decision)
         if response.denied_response is not None:
             json.loads(response.denied_response.body)
-
-
-def replace_detail(decision: Decision, detail: str) -> Decision:
-    return replace(decision, detail=detail)

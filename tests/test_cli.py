@@ -1,0 +1,154 @@
+"""The command line: what it prints, how it exits, and that a mistake is one clear line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jwt
+import pytest
+
+from ext_authz import policy_file
+from ext_authz.cli import main
+from ext_authz.demo import POLICY
+from ext_authz.demo_keys import AUDIENCE, ISSUER, DemoKeys
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def demo_dir(tmp_path: Path) -> Path:
+    """A folder as `srp demo` leaves it."""
+    DemoKeys.create(tmp_path)
+    ports = {"a1": 1, "a2": 2, "b1": 3, "b2": 4, "c1": 5}
+    (tmp_path / "policy.yaml").write_text(POLICY.format(issuer=ISSUER, audience=AUDIENCE, host="127.0.0.1", **ports))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "explain", "token", "schema", "demo"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """Exit 0, and the usage names the command."""
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"usage: srp {command}" in out
+
+
+def test_check_says_ok(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """A good policy: exit 0 and its digest."""
+    path = demo_dir / "policy.yaml"
+    code, out, err = run(capsys, "check", str(path))
+    assert (code, err) == (0, "")
+    assert policy_file.load(path).digest in out
+
+
+def test_check_prints_every_error_on_its_line(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """All at once, each with file, line and column."""
+    path = demo_dir / "policy.yaml"
+    path.write_text(path.read_text().replace("tier: high", "tier: hihg"))
+    code, out, err = run(capsys, "check", str(path))
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"{path}:") for line in lines)
+    assert all("`hihg`" in line and "high" in line for line in lines)
+
+
+def test_explain_names_the_rules(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """Kept or struck, and by which line."""
+    path = str(demo_dir / "policy.yaml")
+    code, out, _ = run(capsys, "explain", "--policy", path, "--claims", '{"plan": "free"}', "--experts", "A,C,X")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("caller    tier low (no clearance rule matched")
+    assert lines[1].startswith("kept      A  permitted (line ")
+    assert lines[2].startswith("struck    C  tier_too_low (line ")
+    assert lines[3].startswith("struck    X  unknown_expert")
+    assert lines[-1] == "verdict   downgrade (tier_too_low): A"
+
+
+def test_explain_reads_a_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
+    """With the keys of the policy; as JSON."""
+    token = tmp_path / "t.jwt"
+    token.write_text(DemoKeys.load(demo_dir).mint({"plan": "premium"}, 60))
+    path = str(demo_dir / "policy.yaml")
+    code, out, _ = run(capsys, "explain", "--policy", path, "--token", str(token), "--experts", "C", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["verdict"], found["serve"], found["tier"]) == ("allow", ["C"], "high")
+
+
+def test_explain_refuses_a_bad_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
+    """In one line that does not repeat it."""
+    token = tmp_path / "t.jwt"
+    token.write_text(DemoKeys.load(demo_dir).mint({"exp": int(time.time()) - 3600}, 60))
+    path = str(demo_dir / "policy.yaml")
+    code, out, err = run(capsys, "explain", "--policy", path, "--token", str(token), "--experts", "C")
+    assert (code, out) == (1, "")
+    assert err == "srp explain: 401 invalid_token: the token has expired\n"
+
+
+def test_token_mints_what_was_asked(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """Claims from the command line, JSON where it is JSON."""
+    code, out, _ = run(capsys, "token", "--dir", str(demo_dir), "--claim", "plan=premium", "--claim", "n=[1]")
+    claims = jwt.decode(out.strip(), options={"verify_signature": False})
+    assert code == 0
+    assert (claims["plan"], claims["n"], claims["iss"]) == ("premium", [1], ISSUER)
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """For editors."""
+    code, out, _ = run(capsys, "schema")
+    assert code == 0
+    assert json.loads(out)["type"] == "object"
+
+
+MISTAKES = [
+    (["check", "nowhere.yaml"], 1, "nowhere.yaml"),
+    (["token", "--dir", "nowhere"], 1, "no demo key in nowhere"),
+    (["token", "--ttl", "soon"], 2, "--ttl: expected a time such as 30s"),
+    (["token", "--claim", "x"], 2, "--claim: expected NAME=VALUE, found `x`"),
+    (["serve"], 2, "--policy is needed"),
+    (["serve", "--policy", "p", "--status", "x"], 2, "--status: expected HOST:PORT, found `x`"),
+    (["serve", "--policy", "p", "--drain", "x", "--log-level", "loud"], 2, "--log-level: expected"),
+    (["serve", "--policy", "nowhere/policy.yaml"], 1, "nowhere/policy.yaml"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "text"), MISTAKES)
+def test_a_mistake_is_a_clear_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    code: int,
+    text: str,
+) -> None:
+    """No traceback, the right exit code, and what was wrong."""
+    monkeypatch.chdir(tmp_path)
+    if argv[:2] == ["token", "--ttl"] or argv[:2] == ["token", "--claim"]:
+        DemoKeys.create(tmp_path / ".demo")
+    found, out, err = run(capsys, *argv)
+    assert (found, out) == (code, "")
+    assert text in err
+    assert "Traceback" not in err
+
+
+def test_serve_refuses_a_broken_policy_at_the_start(tmp_path: Path) -> None:
+    """Exit 1, every error on its line, no server left."""
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 2\n")
+    command = [sys.executable, "-m", "ext_authz", "serve", "--policy", str(path), "--listen", f"unix:{tmp_path}/s"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert f"{path}:1:10: version: " in done.stderr
+    assert "Traceback" not in done.stderr
