@@ -68,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "check a policy file; every error on a line of its own")
     check.add_argument("file", type=Path, metavar="FILE")
 
+    cases = command("test", _test, "run the test cases beside a policy")
+    cases.add_argument("path", type=Path, metavar="FILE|DIR", help="a test file, or a folder: all `*_test.yaml` below")
+    cases.add_argument("-v", "--verbose", action="store_true", help="a line for each case")
+    cases.add_argument("--coverage", action="store_true", help="list what of the policy no case touched")
+    cases.add_argument("--fail-under", type=float, default=0.0, metavar="PCT", help="fail if less of it is touched")
+
+    diff = command("diff", _diff, "say what a new policy would change")
+    diff.add_argument("old", type=Path, metavar="OLD", help="the policy in force")
+    diff.add_argument("new", type=Path, metavar="NEW", help="the policy to come; relative paths in both start here")
+    diff.add_argument(
+        "--decisions", type=Path, action="append", default=[], metavar="LOG",
+        help="replay the decisions of this log under both (may be given again)",
+    )  # fmt: skip
+    diff.add_argument("--fail-on", choices=["widening"], help="exit 1 if anybody may reach more")
+    diff.add_argument("--json", action="store_true", help="print JSON")
+
     why = command("explain", _explain, "say why a caller may or may not reach each expert")
     why.add_argument("--policy", type=Path, required=True, metavar="FILE")
     who = why.add_mutually_exclusive_group(required=True)
@@ -119,6 +135,35 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{args.file}: warning: {warning}", file=sys.stderr)
     print(f"{args.file}: ok: {len(policy.experts)} experts, {len(policy.tiers)} tiers, digest {policy.digest}")
     return OK
+
+
+def _test(args: argparse.Namespace) -> int:
+    from ext_authz import policy_test
+
+    def out(text: str) -> None:
+        print(text, end="", flush=True)
+
+    return policy_test.main(args.path, out, args.verbose, args.coverage, args.fail_under)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from ext_authz import policy_diff
+    from ext_authz.progress import Progress
+
+    try:
+        old, new = policy_diff.load(args.old, args.new)
+        with Progress("replaying", sys.stderr) as progress:
+            found = policy_diff.compare(old, new, args.decisions, progress)
+    except policy_file.PolicyError as e:
+        print(e, file=sys.stderr)
+        return USAGE
+    except OSError as e:
+        raise Mistake(f"{e.strerror or e}: {e.filename}", USAGE) from None
+    print(json.dumps(found.as_json(), indent=2) if args.json else found.text())
+    reasons = found.widens() if args.fail_on else []
+    for reason in reasons:
+        print(f"srp diff: widening: {reason}", file=sys.stderr)
+    return FAILED if reasons else OK
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -21,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterDnsLookupFamily, ClusterLbPolicy
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
 from envoy_data_plane.envoy.extensions.clusters.aggregate.v3 import ClusterConfig
+from envoy_data_plane.envoy.extensions.clusters.common.dns.v3 import DnsLookupFamily
+from envoy_data_plane.envoy.extensions.clusters.dns.v3 import DnsCluster
 from envoy_data_plane.envoy.extensions.load_balancing_policies.least_request.v3 import (
     LeastRequest,
     LeastRequestSelectionMethod,
@@ -40,9 +42,9 @@ from ext_authz.xds import Resources
 
 TYPE_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 SPARE = "~spare"  # no policy can name a cluster so: `~` is in no cluster name
-PAIRS = 64  # experts
+PAIRS = 32  # experts
 
-_TWINS = twins(Cluster, ClusterConfig, LeastRequest, Subset, HttpProtocolOptions)
+_TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
 _OVERPROVISION = 100_000  # percent / 100: one live endpoint of an expert keeps all of the expert's traffic
 
 # Below the shortest keep-alive of common HTTP servers (uvicorn: 5 s), so that Envoy closes idle connections first
@@ -50,6 +52,11 @@ _OVERPROVISION = 100_000  # percent / 100: one live endpoint of an expert keeps 
 _IDLE = 4.0  # seconds
 
 Fields = dict[str, Any]
+
+_COMMON: Fields = {
+    "healthy_panic_threshold": {"value": 0},  # else Envoy sends requests to endpoints that it knows to be dead
+    "update_merge_window": {},  # 0: else the workers hear of a health check's result up to a second later
+}
 
 
 def cluster_resources(policy: Policy) -> Resources:
@@ -64,10 +71,9 @@ def cluster_resources(policy: Policy) -> Resources:
 def _expert(expert: Expert) -> Fields:
     traffic = expert.traffic
     return {
-        **_served(expert.cluster, [expert]),
+        **_served(expert.cluster, [expert], traffic.health),
         "connect_timeout": _seconds(traffic.connect_timeout),
         "load_balancing_policy": _policy("least_request", LeastRequest, _least_request(traffic.slow_start)),
-        "health_checks": _health_checks(traffic.health),
         "outlier_detection": _outlier(traffic.outlier) if traffic.outlier else None,
         "circuit_breakers": _breakers(traffic.max_requests, traffic.max_pending),
     }
@@ -87,7 +93,7 @@ def _ladders(names: Sequence[str]) -> Iterator[Fields]:
                 "name": "envoy.clusters.aggregate",
                 "typed_config": _any(ClusterConfig, {"clusters": [*clusters, *spare]}),
             },
-            "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+            "common_lb_config": _COMMON,
             "circuit_breakers": _breakers(),
         }
 
@@ -109,40 +115,47 @@ def _spare(experts: Sequence[Expert]) -> Fields:
         **_served(SPARE, experts, health),
         "connect_timeout": _seconds(min(e.traffic.connect_timeout for e in experts)),
         "load_balancing_policy": _policy("subset", Subset, subset),
-        "health_checks": _health_checks(health),
         "outlier_detection": _outlier(Outlier(1, base_ejection=2.0)),
         "circuit_breakers": _breakers(least, least),
     }
 
 
-def _served(name: str, experts: Sequence[Expert], health: Health | None = None) -> Fields:
-    """The part that is about the endpoints of one or more experts; `health` is the check that they all get."""
-    static = all(_is_address(p.host) for e in experts for p in e.endpoints)
+def _served(name: str, experts: Sequence[Expert], health: Health | None) -> Fields:
+    """The part that is about the endpoints of one or more experts; `health` is the check of those that share it."""
+    endpoints = [p for e in experts for p in _endpoints(e, checked=e.traffic.health == health)]
     http1 = {
         "explicit_http_config": {"http_protocol_options": {}},
         "common_http_protocol_options": {"idle_timeout": _seconds(_IDLE)},
     }
     return {
         "name": name,
-        "type": ClusterDiscoveryType.STATIC if static else ClusterDiscoveryType.STRICT_DNS,
-        "dns_lookup_family": ClusterDnsLookupFamily.V4_PREFERRED,
-        "dns_refresh_rate": _seconds(5),
-        "respect_dns_ttl": not static,
-        "dns_failure_refresh_rate": {"base_interval": _seconds(1), "max_interval": _seconds(5)},
+        **_discovery(experts),
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [
-                {"lb_endpoints": [p for e in experts for p in _endpoints(e, checked=health in (None, e.traffic.health))]}
-            ],
+            "endpoints": [{"lb_endpoints": endpoints}],
             "policy": {"overprovisioning_factor": {"value": _OVERPROVISION}},
         },
-        # With a panic threshold Envoy would send requests to endpoints that it knows to be dead.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "common_lb_config": _COMMON,
         "ignore_health_on_host_removal": True,
+        "health_checks": _health_checks(health),
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _any(HttpProtocolOptions, http1)
         },
     }
+
+
+def _discovery(experts: Sequence[Expert]) -> Fields:
+    """Names are looked up again when their TTL says so: a headless Service's name has an address for each ready pod."""
+    if all(_is_address(p.host) for e in experts for p in e.endpoints):
+        return {"type": ClusterDiscoveryType.STATIC}
+    dns = {
+        "dns_lookup_family": DnsLookupFamily.V4_PREFERRED,
+        "respect_dns_ttl": True,
+        "dns_min_refresh_rate": _seconds(1),
+        "dns_refresh_rate": _seconds(5),
+        "dns_failure_refresh_rate": {"base_interval": _seconds(1), "max_interval": _seconds(5)},
+    }
+    return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": _any(DnsCluster, dns)}}
 
 
 def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:

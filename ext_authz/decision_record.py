@@ -55,7 +55,7 @@ class Record:
     def read(cls, line: bytes | str) -> Record:
         """The record on `line`; ValueError if it is none."""
         try:
-            data = json.loads(line)
+            data = json.loads(line if isinstance(line, str) else line.decode())
             requested = data["requested"]
             record = cls(
                 time=data["time"],

@@ -52,6 +52,41 @@ gate:                             # where a request names its experts; first rul
   - {{prefix: /, header: x-expert-names, default: [A, B]}}
 """
 
+POLICY_TEST = """\
+# What the policy beside this file must decide. Run: srp test {directory}
+policy: policy.yaml
+cases:
+  - name: anybody may ask A and B
+    anonymous: true
+    request: {{path: /route, json: {{token_id: 101, expert_names: [A, B]}}}}
+    expect: {{verdict: allow, experts: [A, B], reason: permitted, tier: low}}
+  - name: who names nobody gets the default
+    anonymous: true
+    request: {{path: /route, json: {{token_id: 101}}}}
+    expect: {{verdict: allow, experts: [A, B]}}
+  - name: a premium caller may ask C
+    claims: {{sub: grace, plan: premium}}
+    request: {{path: /route, json: {{token_id: 101, expert_names: [C]}}}}
+    expect: {{verdict: allow, experts: [C], tier: high}}
+  - name: a free caller may not ask C
+    claims: {{sub: ada, plan: free}}
+    request: {{path: /route, json: {{token_id: 101, expert_names: [C]}}}}
+    expect: {{verdict: deny, reason: tier_too_low, tier: low}}
+  - name: who asks A or C and may not have C gets A
+    anonymous: true
+    request: {{path: /v1/chat/completions, json: {{model: [A, C]}}}}
+    expect: {{verdict: downgrade, experts: [A], reason: tier_too_low}}
+  - name: and is refused if it wants no lesser expert
+    anonymous: true
+    experts: [A, C]
+    downgrade: false
+    expect: {{verdict: deny, reason: downgrade_forbidden}}
+  - name: an unknown expert is told so
+    anonymous: true
+    request: {{method: GET, path: /, headers: {{x-expert-names: X}}}}
+    expect: {{verdict: deny, reason: unknown_expert}}
+"""
+
 
 class DemoError(Exception):
     """The demo cannot start or go on; the text says why."""
@@ -102,6 +137,9 @@ def _prepare(directory: Path) -> tuple[Policy, DemoKeys]:
         names = ("a1", "a2", "b1", "b2", "c1")
         ports = dict(zip(names, _free_ports(len(names)), strict=True))
         path.write_text(POLICY.format(issuer=ISSUER, audience=AUDIENCE, host=HOST, **ports))
+    cases = directory / "policy_test.yaml"
+    if not cases.exists():
+        cases.write_text(POLICY_TEST.format(directory=directory))
     return policy_file.load(path), keys
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from ext_authz import identity
 from ext_authz.condition import Condition
@@ -23,6 +23,7 @@ from ext_authz.policy import GateRule, Policy, Revoked, clearance, decide
 
 MAX_REMEMBERED = 20_000
 
+_T = TypeVar("_T")
 _AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
 _REVOKED = Refusal(Reason.INVALID_TOKEN, "the token is revoked")
 _UNTRUSTED = Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
@@ -68,23 +69,37 @@ class Replay:
         self._alike = _same_gates(old, new)
         # Where a request came from matters only if the two policies could read it differently.
         self._by_request = not self._alike or old.reads_request or new.reads_request
+        self._token_claims = _token_claims(old, new)
+        self._relevant: dict[Any, tuple[str, ...] | None] = {}
         self._known: dict[Any, Outcome | Unknown] = {}
 
     def __call__(self, record: Record) -> Outcome | Unknown:
         """What comes of the record under both."""
         of_old = record.policy == self._old.digest
         key = (
-            record.requested, record.anonymous, record.downgrade, repr(record.claims), record.absent,
-            record.reason in _AT_THE_GATE, of_old, (record.method, record.path) if self._by_request else None,
+            record.requested, record.anonymous, record.downgrade, self._claims_of(record), of_old,
+            record.reason in _AT_THE_GATE, (record.method, record.path) if self._by_request else None,
         )  # fmt: skip
         found = self._known.get(key)
         if found is None:
-            if len(self._known) >= MAX_REMEMBERED:
-                self._known.clear()
-            found = self._known[key] = self._replay(record)
+            found = _remember(self._known, key, self._replay(record))
         if of_old and isinstance(found, Outcome) and not _reproduces(found.old, record):
             return Unknown(Cause.OTHERWISE, "the old policy, as it is here, does not decide as it is logged")
         return found
+
+    def _claims_of(self, record: Record) -> object:
+        """What the record tells of the claims that matter to it, in a form that can be compared."""
+        if record.anonymous or record.claims is None:
+            return None
+        concern = record.requested, record.anonymous
+        if concern not in self._relevant:
+            reads = [r.claims(record) for r in self._reads]
+            every = self._token_claims.union(*(r for r in reads if r is not None))
+            _remember(self._relevant, concern, None if None in reads else tuple(sorted(every)))
+        relevant = self._relevant[concern]
+        if relevant is None:
+            return repr(record.claims), record.absent
+        return tuple(repr(record.claims[n]) if n in record.claims else n in record.absent for n in relevant)
 
     def _replay(self, record: Record) -> Outcome | Unknown:
         if record.requested is None and record.reason not in _AT_THE_GATE:
@@ -108,7 +123,7 @@ class Replay:
         old, new = (next((r for r in p.gate if r.covers(record.path)), None) for p in (self._old, self._new))
         if _source(old) != _source(new):
             return Unknown(Cause.GATE, "other names may be read")
-        if old and REQUESTED_CLUSTER == old.header and self._old.clusters != self._new.clusters:
+        if old and old.header == REQUESTED_CLUSTER and self._old.clusters != self._new.clusters:
             return Unknown(Cause.GATE, "clusters changed")
         if old and new and old.default != new.default:
             # The record does not tell whether names were asked for or are the default.
@@ -149,13 +164,21 @@ class _Reads:
         self._clearance = [_Read.of(rule.when) for rule in policy.clearance]
         self._allow = {e.name: _Read.of(e.allow) for e in policy.experts.values() if e.allow is not None}
 
+    def claims(self, record: Record) -> Members:
+        """The claims that can matter to the record; None if it may be any."""
+        every = [read.claims for read in self._concerning(record)]
+        return None if None in every else frozenset(name for names in every for name in names or ())
+
     def missing(self, record: Record) -> Unknown | None:
-        needed = [] if record.anonymous else [*self._clearance]
+        return next((unknown for read in self._concerning(record) if (unknown := read.missing(record))), None)
+
+    def _concerning(self, record: Record) -> list[_Read]:
+        found = [] if record.anonymous else [*self._clearance]
         for name in record.requested or ():
             expert = self._policy.experts.get(name)
             if expert is not None:
-                needed += [self._allow[n] for n in (name, *expert.downgrade_to) if n in self._allow]
-        return next((unknown for read in needed if (unknown := read.missing(record))), None)
+                found += [self._allow[n] for n in (name, *expert.downgrade_to) if n in self._allow]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +201,26 @@ class _Read:
         if self.request is None or not self.request <= known:
             return Unknown(Cause.REQUEST, f"{self.where} reads more than method and path")
         return None
+
+
+def _token_claims(old: Policy, new: Policy) -> frozenset[str]:
+    """The claims that either policy judges a token by."""
+    revoked = (old.revoked, new.revoked)
+    read = {
+        "iss": True,
+        "jti": any(r.jti for r in revoked),
+        "sub": any(r.sub for r in revoked),
+        "iat": any(r.issued_before is not None for r in revoked),
+    }
+    return frozenset(name for name, needed in read.items() if needed)
+
+
+def _remember(memory: dict[Any, _T], key: object, value: _T) -> _T:
+    """Keep it, within bounds: a full memory is emptied."""
+    if len(memory) >= MAX_REMEMBERED:
+        memory.clear()
+    memory[key] = value
+    return value
 
 
 def _knows(record: Record, claim: str) -> bool:

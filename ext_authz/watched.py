@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
-from watchfiles import awatch
+from watchfiles import Change, awatch
 
 SETTLE = 0.02  # seconds a file must hold still before it is believed
 POLL = 5.0  # seconds between looks at the file, should a notification be lost
@@ -40,7 +40,7 @@ class WatchedFile:
         while True:
             # The folder, not the file: a ConfigMap swaps a symlink and editors rename, and neither shows in the file.
             events = awatch(
-                self.path.parent, watch_filter=None, debounce=50, step=10, recursive=False,
+                self.path.parent, watch_filter=self._concerns, debounce=20, step=5, recursive=False,
                 rust_timeout=int(POLL * 1000), yield_on_timeout=True,
             )  # fmt: skip
             with suppress(FileNotFoundError):
@@ -48,3 +48,8 @@ class WatchedFile:
                     yield
             await asyncio.sleep(POLL)  # the folder is not there
             yield
+
+    def _concerns(self, _: Change, path: str) -> bool:
+        """Whether a change in the folder may be one of the file: its own name, or a ConfigMap's `..data`."""
+        name = Path(path).name
+        return name == self.path.name or name.startswith("..")

@@ -6,6 +6,7 @@ Source: envoy.service.auth.v3 (`CheckRequest`, `CheckResponse`) and the header t
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from itertools import count
 from typing import Any
@@ -28,6 +29,7 @@ _CheckResponse: Any = _TWINS[CheckResponse]
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
 _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
+_UNPRINTABLE = re.compile(r"[^ -~]")
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
@@ -175,7 +177,7 @@ def _set(options: Any, headers: dict[str, str]) -> None:
     for name, value in headers.items():
         option = options.add(append_action=_OVERWRITE)
         option.header.key = name
-        option.header.value = value.encode("ascii", "replace").decode()
+        option.header.value = _UNPRINTABLE.sub("?", value)
 
 
 INTERNAL = Decision(Verdict.DENY, Reason.INTERNAL, detail="the request could not be decided")

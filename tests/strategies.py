@@ -135,10 +135,10 @@ def _field_values(meta: Any, hint: Any, depth: int) -> st.SearchStrategy[Any] | 
     """Values of one field, None where messages would nest too deep."""
     if meta.proto_type == "map":
         inner = _values(meta.map_meta[1], get_args(hint)[1], depth)
-        return inner and st.dictionaries(_texts, inner, max_size=2)
+        return None if inner is None else st.dictionaries(_texts, inner, max_size=2)
     if meta.repeated:
         inner = _values(meta, get_args(hint)[0], depth)
-        return inner and st.lists(inner, max_size=2)
+        return None if inner is None else st.lists(inner, max_size=2)
     return _values(meta, hint, depth)
 
 

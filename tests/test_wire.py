@@ -63,6 +63,7 @@ def alike(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
 @pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
 def test_the_twin_reads_what_envoy_data_plane_writes(cls: type) -> None:
     """Any message comes through the twin and back unchanged, and each field has the same name and value in both."""
@@ -77,6 +78,7 @@ def test_the_twin_reads_what_envoy_data_plane_writes(cls: type) -> None:
     check()
 
 
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
 @pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
 def test_envoy_data_plane_reads_what_the_twin_writes(cls: type) -> None:
     """Any message of the twin comes through envoy-data-plane and back unchanged."""
@@ -140,30 +142,30 @@ def test_reads_a_check_request(data: bytes, request_: Request) -> None:
     assert read(data) == request_
 
 
+def nested(depth: int) -> bytes:
+    """Metadata that holds lists in lists."""
+    request = TWINS[CheckRequest]()
+    value = request.attributes.metadata_context.filter_metadata["x"].fields["y"]
+    for _ in range(depth):
+        value = value.list_value.values.add()
+    return bytes(request.SerializeToString())
+
+
 GARBAGE = [
     ("text", b"hello"),
     ("cut short", check_request(("x-a", b"1"))[:-1]),
-    ("a wrong wire type", b"\x08\x01"[:1]),
+    ("a field without its value", b"\x08"),
     ("a length beyond the end", b"\x0a\xff\xff\xff\xff\x0f"),
     ("a path that is not UTF-8", check_request(path="/ab").replace(b"/ab", b"/a\xff")),
-    ("nested 200 deep", None),
+    ("nested over 100 deep", nested(60)),
 ]
 
 
-def nested(depth: int) -> bytes:
-    """Metadata that holds lists in lists."""
-    value = TWINS[CheckRequest]()
-    struct = value.attributes.metadata_context.filter_metadata["x"].fields["y"]
-    for _ in range(depth):
-        struct = struct.list_value.values.add()
-    return bytes(value.SerializeToString())
-
-
 @pytest.mark.parametrize("data", [g[1] for g in GARBAGE], ids=[g[0] for g in GARBAGE])
-def test_garbage_is_a_value_error(data: bytes | None) -> None:
+def test_garbage_is_a_value_error(data: bytes) -> None:
     """Bytes that are no CheckRequest raise ValueError, whose text holds none of them."""
     with pytest.raises(ValueError, match=r"^not a CheckRequest$"):
-        read(nested(60) if data is None else data)
+        read(data)
 
 
 @given(st.binary(max_size=100))
@@ -211,7 +213,7 @@ def listed(options: list[HeaderValueOption]) -> dict[str, str]:
         assert option.header.raw_value == b""  # Envoy's ext_authz does not read it
         assert option.append is None
         assert option.append_action is AppendAction.OVERWRITE_IF_EXISTS_OR_ADD
-        assert re.fullmatch(r"[!-~]([ -~]*[!-~])?", option.header.value)
+        assert re.fullmatch("[ -~]+", option.header.value)
         found[option.header.key] = option.header.value
     return found
 
@@ -253,17 +255,17 @@ OK = [
     # name, decision, upstream headers, headers told to the client
     (
         "allow", asked("B", "A"),
-        {"x-target-cluster": "expert-b;w=1,expert-a;w=2", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {"x-target-cluster": "expert-b;w=1;m=1024,expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
         {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "B,A", **DIGEST},
     ),
     (
         "anonymous", asked("A", caller=Identity(0)),
-        {"x-target-cluster": "expert-a;w=2", "x-srp-tier": "low"},
+        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-tier": "low"},
         {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "A", **DIGEST},
     ),
     (
         "downgrade, with an unknown name", asked("C", "Z"),
-        {"x-target-cluster": "expert-a;w=2", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
         {
             "x-srp-decision": "downgrade", "x-srp-reason": "tier_too_low", "x-srp-requested": "C",
             "x-srp-unknown": "Z", **DIGEST,
@@ -557,7 +559,7 @@ def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> Non
         response = CheckResponse.parse(data)
         assert response.ok_response is not None
         sent, answered = listed(response.ok_response.headers), listed(response.ok_response.response_headers_to_add)
-        assert sent["x-target-cluster"] == f"{names[0]};w=1"
+        assert sent["x-target-cluster"] == f"{names[0]};w=1;m=1024"
         assert sent["x-srp-subject"] == subject
         assert answered["x-srp-policy"] == names[-1]
         assert answered["x-srp-requested"] == names[0]

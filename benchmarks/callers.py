@@ -1,0 +1,78 @@
+"""Who calls in a benchmark, and under which policy: keys made anew for each run, tokens really signed."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from jwt.algorithms import get_default_algorithms
+
+ISSUER = "https://idp.example.com/"
+AUDIENCE = "moe-gateway"
+LIFETIME = 3600 * 6  # seconds
+
+_KEYS: dict[str, Any] = {
+    "RS256": rsa.generate_private_key(65537, 2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+}
+_PYJWT = jwt.PyJWS()
+
+
+def jwks() -> dict[str, Any]:
+    """The JWK Set of the benchmark's issuer."""
+    algorithms = get_default_algorithms()
+    keys = []
+    for alg, key in _KEYS.items():
+        public = algorithms[alg].to_jwk(key.public_key(), as_dict=True)
+        keys.append({**public, "kid": alg, "use": "sig", "alg": alg, "key_ops": ["verify"]})
+    return {"keys": keys}
+
+
+def token(alg: str, subject: str = "caller") -> str:
+    """A premium caller's token of a usual size."""
+    now = int(time.time())
+    claims = {
+        "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + LIFETIME, "jti": f"{alg}-{subject}",
+        "plan": "premium", "org": "acme", "scope": "experts.read experts.call",
+    }  # fmt: skip
+    return _PYJWT.encode(json.dumps(claims).encode(), _KEYS[alg], alg, headers={"kid": alg})
+
+
+def policy(endpoint: str) -> str:
+    """The text of a policy whose four experts all answer at `endpoint`. Needs `jwks.json` beside it. JSON is YAML."""
+    expert = {"endpoints": [endpoint], "health": False}
+    return json.dumps(
+        {
+            "version": 1,
+            "tiers": ["low", "high"],
+            "issuers": [
+                {"issuer": ISSUER, "audiences": [AUDIENCE], "algorithms": [*_KEYS], "jwks": {"file": "jwks.json"}}
+            ],
+            "anonymous": "low",
+            "clearance": [{"when": 'claims.plan == "premium"', "tier": "high"}],
+            "experts": {
+                "A": {"tier": "low", "cluster": "expert-a", **expert},
+                "B": {"tier": "low", "cluster": "expert-b", **expert},
+                "C": {"tier": "high", "cluster": "expert-c", "downgrade_to": ["B", "A"], **expert},
+                "D": {"tier": "high", "cluster": "expert-d", **expert},
+            },
+            "gate": [{"path": "/route", "json": "/expert_names"}, {"prefix": "/", "header": "x-expert-names"}],
+        }
+    )
+
+
+def request(names: str, bearer: str | None = None, body: bool = False) -> bytes:
+    """An HTTP request that names experts in a header or, with `body`, in a JSON body."""
+    content = json.dumps({"expert_names": names.split(","), "input": "two plus two"}).encode() if body else b""
+    lines = [
+        f"{'POST /route' if body else 'GET /'} HTTP/1.1", "host: experts.example.com", "user-agent: benchmark/1",
+        "accept: application/json",
+        *([] if body else [f"x-expert-names: {names}"]),
+        *([f"authorization: Bearer {bearer}"] if bearer else []),
+        *([f"content-type: application/json\r\ncontent-length: {len(content)}"] if body else []),
+    ]  # fmt: skip
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content

@@ -1,0 +1,227 @@
+"""What a Check costs: SRP beside an empty gRPC server, beside Envoy's own filters and beside no filter at all.
+
+Starts everything itself on loopback, runs the variants in turn, round after round, and stops everything. Each variant
+has an Envoy (one worker thread) with the same configuration; all forward to the same upstream. Prints a table of
+medians over the rounds. A ratio is the median of the rounds' own ratios, so that a slow round hits both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import callers
+import parts
+from ext_authz import policy_file, wire
+from ext_authz.model import Identity, Request
+from ext_authz.policy import decide
+
+SMALL_CACHE = 1000  # tokens that the server for new tokens remembers
+NEW_TOKENS = 2500  # in turn: each is long forgotten when its turn comes again
+CALLERS = 10_000
+CONNECTIONS = (1, 32, 256)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`server` is the socket asked (None: no server), `requests` what is sent, `refused` whether 4xx is the answer."""
+
+    name: str
+    what: str
+    server: str | None
+    requests: Callable[[], Sequence[bytes]]
+    refused: bool = False
+
+
+def hot() -> list[bytes]:
+    return [callers.request("A,B", callers.token("ES256"))]
+
+
+def new(alg: str) -> Callable[[], list[bytes]]:
+    return lambda: [callers.request("A,B", callers.token(alg, f"new-{i}")) for i in range(NEW_TOKENS)]
+
+
+def many() -> list[bytes]:
+    return [callers.request("A,B", callers.token("ES256", f"caller-{i}")) for i in range(CALLERS)]
+
+
+VARIANTS = (
+    Variant("none", "no filter", None, hot),
+    Variant("native", "Envoy's jwt_authn + RBAC", None, hot),
+    Variant("floor", "empty gRPC server", "floor", hot),
+    Variant("hot", "one token, header gate", "srp", hot),
+    Variant("callers", "10,000 callers", "srp", many),
+    Variant("body", "one token, body gate", "srp", lambda: [callers.request("A,B", callers.token("ES256"), body=True)]),
+    Variant("denied", "denied: tier too low", "srp", lambda: [callers.request("D")], refused=True),
+    Variant("downgraded", "downgraded", "srp", lambda: [callers.request("C")]),
+    Variant("rs256", "new RS256 token each time", "forgetful", new("RS256")),
+    Variant("es256", "new ES256 token each time", "forgetful", new("ES256")),
+    Variant("eddsa", "new EdDSA token each time", "forgetful", new("EdDSA")),
+    Variant("shadow", "one token, shadow policy", "shadow", hot),
+    Variant("log", "one token, decision log", "log", hot),
+)
+
+Sample = dict[str, float]  # requests, seconds, p50_ms, p99_ms, cpu_us and envoy_us a request, ...
+
+
+class Bench:
+    """Everything that runs; stopped when `stack` closes."""
+
+    def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack) -> None:
+        self.directory = directory
+        self.starts: dict[str, int] = {}
+        self.servers: dict[str, parts.Process] = {}
+        self.envoys: dict[str, parts.Process] = {}
+        upstream, *ports = parts.free_ports(1 + len(variants))
+        self.ports = dict(zip((v.name for v in variants), ports, strict=True))
+        self._write_policy(upstream)
+        self._stack = stack
+        self._own(parts.upstream(directory, upstream))
+        for server in ("srp", *sorted({v.server for v in variants if v.server} - {"srp"})):
+            self.servers[server] = self._own(self._server(server))
+        for v in variants:
+            self._start_envoy(v)
+
+    def run(self, variant: Variant, connections: int, seconds: int) -> Sample:
+        """One measurement."""
+        server = self.servers.get(variant.server or "")
+        envoy = self.envoys[variant.name]
+        before = envoy.cpu(), server.cpu() if server else 0.0
+        start = self.starts.get(variant.name, 0)
+        requests = self.directory / f"{variant.name}.requests"
+        found: Sample = parts.load(self.ports[variant.name], requests, start, connections, seconds)
+        after = envoy.cpu(), server.cpu() if server else 0.0
+        n = found["requests"]
+        self.starts[variant.name] = start + int(n)
+        unexpected = n - found["refused"] if variant.refused else found["refused"]
+        if unexpected or found["broken"] or not n:
+            raise RuntimeError(f"{variant.name}: {unexpected:.0f} unexpected answers, {found['broken']:.0f} broken, of {n:.0f}")
+        return {
+            **found,
+            "rps": n / found["seconds"],
+            "cpu_us": (after[1] - before[1]) / n * 1e6,
+            "envoy_us": (after[0] - before[0]) / n * 1e6,
+        }
+
+    def _own(self, process: parts.Process) -> parts.Process:
+        self._stack.callback(process.stop)
+        return process
+
+    def _write_policy(self, upstream: int) -> None:
+        (self.directory / "jwks.json").write_text(json.dumps(callers.jwks()))
+        (self.directory / "policy.yaml").write_text(callers.policy(f"{parts.HOST}:{upstream}"))
+
+    def _server(self, name: str) -> parts.Process:
+        if name == "floor":
+            return parts.floor(self.directory, self._answer())
+        flags: dict[str, tuple[str | Path, ...]] = {
+            "forgetful": ("--cached-tokens", str(SMALL_CACHE)),
+            "shadow": ("--shadow-policy", self.directory / "policy.yaml"),
+            "log": ("--decision-log", self.directory / "decisions.log"),
+        }
+        return parts.serve(self.directory, name, *flags.get(name, ()))
+
+    def _answer(self) -> bytes:
+        """What SRP answers to the hot token."""
+        path = self.directory / "policy.yaml"
+        policy = policy_file.parse(path.read_bytes(), str(path), self.directory)
+        caller = Identity(1, "caller", callers.ISSUER)
+        return wire.Writer(policy).write(decide(policy, caller, ("A", "B"), Request("GET", "/", {})))
+
+    def _start_envoy(self, v: Variant) -> None:
+        (self.directory / f"{v.name}.requests").write_bytes(b"".join(r + b"\0" for r in v.requests()))
+        filters = None if v.server else parts.native() if v.name == "native" else []
+        self.envoys[v.name] = self._own(
+            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters)
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=3, help="length of one measurement (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="two rounds of a second: a look, not a measurement")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of the variants: {','.join(v.name for v in VARIANTS)}")
+    parser.add_argument("--connections", metavar="N,N", default=",".join(map(str, CONNECTIONS)), help="default: 1,32,256")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.png too")
+    args = parser.parse_args()
+    rounds, seconds = (2, 1) if args.quick else (args.rounds, args.seconds)
+    connections = [int(n) for n in args.connections.split(",")]
+    names = args.only.split(",") if args.only else [v.name for v in VARIANTS]
+    if unknown := set(names) - {v.name for v in VARIANTS}:
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}")
+    variants = [v for v in VARIANTS if v.name in names]
+    samples: dict[str, dict[int, list[Sample]]] = {v.name: {c: [] for c in connections} for v in variants}
+    with tempfile.TemporaryDirectory(prefix="srp-bench-") as directory, ExitStack() as stack:
+        print("minting tokens and starting servers ...", file=sys.stderr)
+        bench = Bench(variants, Path(directory), stack)
+        for v in variants:
+            bench.run(v, 32, 6 if v.name == "callers" else 1)  # every cache that will be warm is warm now
+        for i in range(rounds):
+            for c in connections:
+                for v in variants:
+                    samples[v.name][c].append(bench.run(v, c, seconds))
+            print(f"round {i + 1} of {rounds}", file=sys.stderr)
+    for c in connections:
+        print(table(variants, {name: by[c] for name, by in samples.items()}, c))
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(samples, indent=1) + "\n")
+        plot(variants, samples, args.out.with_suffix(".png"))
+    return 0
+
+
+def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connections: int) -> str:
+    """One table: medians, and the CPU's ratio to the floor with its lowest and highest round."""
+    lines = [
+        "",
+        f"{connections} connection{'s' if connections > 1 else ''}",
+        "| variant | requests/s | p50 ms | p99 ms | Envoy CPU µs | server CPU µs | × floor | lowest to highest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for v in variants:
+        mine = samples[v.name]
+        rps, p50, p99, envoy, cpu = (
+            statistics.median(s[key] for s in mine) for key in ("rps", "p50_ms", "p99_ms", "envoy_us", "cpu_us")
+        )
+        ratios = [s["cpu_us"] / f["cpu_us"] for s, f in zip(mine, samples.get("floor", []), strict=False)]
+        end = "| | | |"
+        if v.server:
+            end = f"| {cpu:.0f} "
+            end += f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |" if ratios else "| | |"
+        lines.append(f"| {v.what} | {rps:,.0f} | {p50:.2f} | {p99:.2f} | {envoy:.0f} {end}")
+    return "\n".join(lines)
+
+
+def plot(variants: Sequence[Variant], samples: dict[str, dict[int, list[Sample]]], file: Path) -> None:
+    """CPU of the server per Check, as a bar for each variant."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'secure-routing-proxy[bench]')", file=sys.stderr)
+        return
+    asked = [v for v in variants if v.server]
+    connections = list(next(iter(samples.values())))
+    figure = Figure(figsize=(9, 0.4 * len(asked) * len(connections) ** 0.5 + 1.5), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(connections)
+    for i, c in enumerate(connections):
+        values = [statistics.median(s["cpu_us"] for s in samples[v.name][c]) for v in asked]
+        axes.barh([n + i * height for n in range(len(asked))], values, height, label=f"{c} connections")
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(asked))], [v.what for v in asked])
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU of the server per Check, µs")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+-- wrk -s load.lua URL -- FILE START: sends the requests in FILE (each ended by a NUL) in turn, from number START on, and
+-- prints one JSON line.
+
+local requests, at = {}, 0
+
+function init(args)
+  local file = assert(io.open(args[1], "rb"))
+  for request in file:read("*a"):gmatch("(%Z+)%z") do
+    requests[#requests + 1] = request
+  end
+  file:close()
+  at = tonumber(args[2])
+end
+
+function request()
+  at = at % #requests + 1
+  return requests[at]
+end
+
+function done(summary, latency)
+  local e = summary.errors
+  io.write(string.format(
+    '\n{"requests": %d, "seconds": %.6f, "p50_ms": %.3f, "p99_ms": %.3f, "refused": %d, "broken": %d}\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    e.status, e.connect + e.read + e.write + e.timeout
+  ))
+end

@@ -1,0 +1,195 @@
+"""The parts of a benchmark: processes and their CPU time, Envoy's configuration, the load generator."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from callers import AUDIENCE, ISSUER, jwks
+from ext_authz.bootstrap import bootstrap, envoy_file
+
+HOST = "127.0.0.1"
+HERE = Path(__file__).parent
+ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy") or "envoy"
+TARGETS = "expert-a;w=1;m=1024,expert-b;w=1;m=1024"  # what the decision on a hot token's request sets
+
+_TICK = os.sysconf("SC_CLK_TCK")
+Json = dict[str, Any]
+
+
+class Process:
+    """A child process, its log in `directory`; stopped by `stop`."""
+
+    def __init__(self, command: Sequence[str | Path], directory: Path, name: str) -> None:
+        self.log = directory / f"{name}.log"
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd=HERE.parent
+            )
+        self.pid = self._process.pid
+
+    def cpu(self) -> float:
+        """CPU seconds used so far, in user mode and in the kernel, by all threads."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICK
+
+    def rss(self) -> int:
+        """Resident memory in bytes."""
+        return rss(self.pid)
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 20) -> None:
+        """Until `ready()`; RuntimeError, with the log's end, if the process ends or the time runs out before."""
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                if ready():
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.log.stem} is not ready:\n{self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._process.kill()
+        self._process.wait()
+
+
+def rss(pid: int | str = "self") -> int:
+    """Resident memory of a process, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve(directory: Path, name: str, *flags: str | Path) -> Process:
+    """`srp serve` with the policy in `directory`, on the socket `directory/name`."""
+    socket_path = directory / name
+    command = [sys.executable, "-m", "ext_authz", "serve", "--policy", directory / "policy.yaml"]
+    process = Process([*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp")
+    process.wait_for(socket_path.exists)
+    return process
+
+
+def floor(directory: Path, answer: bytes) -> Process:
+    """The empty server on the socket `directory/floor`; every Check gets `answer`."""
+    (directory / "answer").write_bytes(answer)
+    process = Process(
+        [sys.executable, HERE / "floor.py", directory / "floor", directory / "answer"], directory, "floor-srv"
+    )
+    process.wait_for((directory / "floor").exists)
+    return process
+
+
+def upstream(directory: Path, port: int) -> Process:
+    """The experts: an Envoy of its own that answers every request with 200 and a few bytes."""
+    route = {"match": {"prefix": "/"}, "direct_response": {"status": 200, "body": {"inline_string": "{}\n"}}}
+    manager = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "upstream",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "http_filters": [_filter("router", "router.v3.Router")],
+    }
+    listener = {
+        "name": "http",
+        "address": {"socket_address": {"address": HOST, "port_value": port}},
+        "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
+    }
+    return _envoy(directory, "upstream", {"static_resources": {"listeners": [listener]}}, port)
+
+
+def envoy(directory: Path, name: str, port: int, authz: str, filters: Sequence[Json] | None = None) -> Process:
+    """Envoy with the project's own configuration, asking the server on the socket `directory/authz`.
+
+    The experts' clusters come from the server on `directory/srp` in every variant. With `filters`, these stand in the
+    place of ext_authz, and every request is for `TARGETS`.
+    """
+    config = yaml.safe_load(
+        bootstrap(
+            envoy_file("envoy.yaml").read_text(),
+            listen=(HOST, port), admin=None, socket=str(directory / authz), lua=str(envoy_file("least_request.lua")),
+        )
+    )  # fmt: skip
+    clusters = config["static_resources"]["clusters"]
+    control = copy.deepcopy(clusters[0])
+    control["name"] = control["load_assignment"]["cluster_name"] = "control"
+    endpoint = control["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    endpoint["address"] = {"pipe": {"path": str(directory / "srp")}}
+    clusters.append(control)
+    config["dynamic_resources"]["ads_config"]["grpc_services"][0]["envoy_grpc"]["cluster_name"] = "control"
+    if filters is not None:
+        manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        manager["http_filters"][:1] = filters
+        mutations = manager["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
+        mutations.append(
+            {"append": {"header": {"key": "x-target-cluster", "value": TARGETS}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
+        )  # fmt: skip
+    return _envoy(directory, name, config, port)
+
+
+def native() -> list[Json]:
+    """Envoy's own filters for a verified token and a claim in it."""
+    provider = {
+        "issuer": ISSUER,
+        "audiences": [AUDIENCE],
+        "local_jwks": {"inline_string": json.dumps(jwks())},
+        "payload_in_metadata": "claims",
+    }
+    authn = {"providers": {"idp": provider}, "rules": [{"match": {"prefix": "/"}, "requires": {"provider_name": "idp"}}]}
+    premium = {
+        "filter": "envoy.filters.http.jwt_authn",
+        "path": [{"key": "claims"}, {"key": "plan"}],
+        "value": {"string_match": {"exact": "premium"}},
+    }
+    allowed = {"permissions": [{"any": True}], "principals": [{"metadata": premium}]}
+    return [
+        _filter("jwt_authn", "jwt_authn.v3.JwtAuthentication", **authn),
+        _filter("rbac", "rbac.v3.RBAC", rules={"action": "ALLOW", "policies": {"premium": allowed}}),
+    ]
+
+
+def load(port: int, requests: Path, start: int, connections: int, seconds: int) -> Json:
+    """One run of wrk, in a closed loop: what load.lua prints."""
+    url = f"http://{HOST}:{port}/"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", HERE / "load.lua", url, "--", requests, start]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    found: Json = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.create_server((HOST, 0)) for _ in range(n)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _filter(name: str, kind: str, **config: Any) -> Json:
+    url = f"type.googleapis.com/envoy.extensions.filters.http.{kind}"
+    return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": url, **config}}
+
+
+def _envoy(directory: Path, name: str, config: Json, port: int) -> Process:
+    """Envoy with one worker thread."""
+    file = directory / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    flags = ("--concurrency", "1", "--log-level", "error", "--disable-hot-restart")
+    process = Process([ENVOY, "-c", file, *flags], directory, f"{name}-envoy")
+
+    def listens() -> bool:
+        socket.create_connection((HOST, port), 1).close()
+        return True
+
+    process.wait_for(listens)
+    return process
