@@ -97,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     why.add_argument("--no-downgrade", action="store_true", help="as with `x-srp-downgrade: never`")
     why.add_argument("--json", action="store_true", help="print JSON")
 
+    status = command("status", _status, "print what a running server says of itself")
+    status.add_argument("--address", default="127.0.0.1:9902", metavar="HOST:PORT", help="default: 127.0.0.1:9902")
+    status.add_argument("--json", action="store_true", help="print JSON")
+
     token = command("token", _token, "mint a token with the demo key (never for production)")
     token.add_argument(
         "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="where the demo key is (default: .demo)"
@@ -193,6 +197,14 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
     if isinstance(caller, Refusal):
         raise Mistake(f"401 {caller.reason.value}: {caller.detail}")
     return caller
+
+
+def _status(args: argparse.Namespace) -> int:
+    from ext_authz import status_text
+
+    report = status_text.fetch(args.address)
+    print(json.dumps(report, indent=2) if args.json else status_text.text(report))
+    return OK
 
 
 def _token(args: argparse.Namespace) -> int:

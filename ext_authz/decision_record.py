@@ -21,6 +21,7 @@ from ext_authz.model import Decision, Identity, Reason, Request, Verdict
 
 MAX_PATH = 2048  # characters; no gate rule is longer than half of it
 CACHED_CALLERS = 4096
+_MAX_TIME = 1e11
 
 _UNVERIFIED = frozenset({Reason.TOKEN_REQUIRED, Reason.INVALID_TOKEN, Reason.KEYS_UNAVAILABLE, Reason.INTERNAL})
 _READABLE = compile_condition("size(claims) >= 0", "decision_record", 0)
@@ -63,13 +64,13 @@ class Record:
                 policy=data["policy"],
                 verdict=Verdict(data["verdict"]),
                 reason=Reason(data["reason"]),
-                requested=None if requested is None else tuple(requested),
-                serve=tuple(data["serve"]),
+                requested=None if requested is None else _names(requested),
+                serve=_names(data["serve"]),
                 downgrade=data["downgrade"],
                 tier=data["tier"],
                 anonymous=data["anonymous"],
                 claims=data["claims"],
-                absent=frozenset(data["absent"]),
+                absent=frozenset(_names(data["absent"])),
                 method=data["method"],
                 path=data["path"],
             )
@@ -80,15 +81,21 @@ class Record:
         return record
 
     def _whole(self) -> bool:
-        names = (*(self.requested or ()), *self.serve, *self.absent, self.decision_id, self.policy, self.method)
         return (
-            all(type(n) is str for n in names)
-            and type(self.time) in (int, float)
+            type(self.time) in (int, float)
+            and 0 <= self.time < _MAX_TIME
+            and type(self.decision_id) is type(self.policy) is type(self.method) is str
             and type(self.downgrade) is type(self.anonymous) is bool
             and (self.tier is None or type(self.tier) is str)
             and (self.path is None or type(self.path) is str)
             and (self.claims is None or type(self.claims) is dict)
         )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if type(value) is not list or not all(type(name) is str for name in value):
+        raise TypeError
+    return tuple(value)
 
 
 class Scribe:

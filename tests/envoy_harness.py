@@ -59,20 +59,17 @@ class Loop:
 
 @dataclass(eq=False)
 class Upstream:
-    """One endpoint of an expert. While `gate` is cleared, requests wait; `status` and `headers` are what it answers."""
+    """One endpoint of an expert. A request with `x-hold` waits until `release`; `status` and `headers` are the answer."""
 
     name: str
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     seen: list[web.BaseRequest] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
-    waiting: int = 0
+    held: int = 0
     port: int = 0
+    release: asyncio.Event = field(default_factory=asyncio.Event)
     _server: asyncio.Server | None = None
-
-    def __post_init__(self) -> None:
-        self.gate.set()
 
     async def start(self) -> Upstream:
         """Listen, on the same port as before if there was one."""
@@ -86,18 +83,19 @@ class Upstream:
         if self._server is not None:
             self._server.close()
             self._server = None
-            await self._web.shutdown(timeout=0)
+            await self._web.shutdown(timeout=0.01)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path == "/healthz":
             return web.Response(status=200)
         self.seen.append(request)
         self.bodies.append(await request.read())
-        self.waiting += 1
-        try:
-            await self.gate.wait()
-        finally:
-            self.waiting -= 1
+        if "x-hold" in request.headers:
+            self.held += 1
+            try:
+                await self.release.wait()
+            finally:
+                self.held -= 1
         return web.Response(status=self.status, headers=self.headers, text=self.name)
 
 
@@ -244,7 +242,7 @@ class Rig:
         await self.stop_envoy()
         await self.stop_authz()
         for upstream in (u for group in self.experts.values() for u in group):
-            upstream.gate.set()
+            upstream.release.set()
             await upstream.stop()
 
     # ---- asking ----

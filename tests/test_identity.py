@@ -705,6 +705,7 @@ HEADERS: list[tuple[str, dict[str, str], tuple[str, ...], str | Reason | None]] 
     ("both headers, one Basic", {AUTH: "Basic YTpi", ACCESS: TOKEN}, (), Reason.INVALID_TOKEN),
     ("authorization twice", {AUTH: f"Bearer {TOKEN}"}, (AUTH,), Reason.INVALID_TOKEN),
     ("the other header twice", {ACCESS: TOKEN}, (ACCESS,), Reason.INVALID_TOKEN),
+    ("16 KiB", {AUTH: "Bearer " + "x" * MAX_TOKEN}, (), "x" * MAX_TOKEN),
     ("over 16 KiB", {AUTH: "Bearer " + "x" * (MAX_TOKEN + 1)}, (), Reason.INVALID_TOKEN),
     ("over 16 KiB of spaces", {AUTH: "Bearer" + " " * (MAX_TOKEN + 1) + "x"}, (), Reason.INVALID_TOKEN),
 ]

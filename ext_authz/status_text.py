@@ -1,0 +1,60 @@
+"""`srp status`: what a running server says of itself, for people."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+TIMEOUT = 5.0  # seconds
+
+
+def fetch(address: str) -> dict[str, Any]:
+    """The report at `http://address/status`; OSError, in one line, if it cannot be had."""
+    url = f"http://{address}/status"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310 - the scheme is ours
+            report = json.load(response)
+    except urllib.error.URLError as e:
+        raise OSError(f"cannot read {url}: {e.reason}") from None
+    except ValueError:
+        raise OSError(f"cannot read {url}: not a report") from None
+    if not isinstance(report, dict) or "policy" not in report:
+        raise OSError(f"cannot read {url}: not a report")
+    return report
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report in a few lines; whatever is wrong starts with `!`."""
+    policy, envoy = report["policy"], report["envoy"]
+    rows = [
+        f"srp {report['version']}, up {_age(report['uptime_seconds'])}",
+        f"policy    {policy['digest']}, in force for {_age(policy['age_seconds'])}, "
+        f"{policy['reloads']} reloads, {policy['failures']} refused",
+        f"envoy     {envoy['connected']} connected, clusters {envoy['acknowledged'] or 'not acknowledged yet'}",
+    ]
+    if not envoy["connected"]:
+        rows.append("! no envoy is connected")
+    if envoy["last_error"]:
+        rows.append(f"! envoy refused: {envoy['last_error']}")
+    if policy["error"]:
+        rows += [f"! {line}" for line in policy["error"].splitlines()]
+    rows += [f"! {warning}" for warning in policy["warnings"]]
+    for key in report["keys"]:
+        age = "never loaded" if key["age"] is None else f"read {_age(key['age'])} ago"
+        rows.append(
+            f"keys      {key['issuer']}: {key['keys']}, {age}, {key['failures']} of {key['fetches']} reads failed"
+        )
+        if key["last_error"]:
+            rows.append(f"! {key['issuer']}: {key['last_error']}")
+    rows += [f"decided   {n:>9}  {name}" for name, n in report["decisions"].items()]
+    rows += [f"{name:<9} {json.dumps(report[name])}" for name in ("shadow", "decision_log") if name in report]
+    return "\n".join(rows)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
