@@ -47,7 +47,7 @@ class Traffic:
     max_pending: int = 1024
     timeout: float = 60.0
     connect_timeout: float = 1.0
-    retries: int = 1
+    retries: int = 3
     retry_on: str = "safe"
     health: Health | None = Health()
     outlier: Outlier | None = Outlier()

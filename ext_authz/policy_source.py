@@ -170,7 +170,7 @@ def found(value: object, spelling: str) -> str:
 
 def suggestion(word: str, known: Collection[str]) -> str:
     """`; did you mean ...` if one of the `known` is near, else `; expected ...` if they are few."""
-    near = difflib.get_close_matches(word, known, n=1) if len(known) <= 2000 and len(word) <= 64 else []
+    near = difflib.get_close_matches(word, known, n=1) if len(known) <= 500 and len(word) <= 64 else []
     if near:
         return f"; did you mean {quoted(near[0])}?"
     return f"; expected {listed(known)}" if 0 < len(known) <= 10 else ""

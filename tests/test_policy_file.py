@@ -750,23 +750,23 @@ def test_the_schema_refuses_what_it_can(name: str) -> None:
 
 
 def test_the_documentation_is_right(keys: Path) -> None:
-    """Every YAML example of the documentation loads as it stands, and every key has its line in a table."""
+    """Its YAML loads as it stands, its messages are real ones, and its tables have every key with its default."""
     words = DOCS.read_text()
-    examples = re.findall(r"```yaml\n(.*?)```", words, re.DOTALL)
-    assert examples
-    for shown in examples:
-        assert mistakes(shown, keys) == []
-    forms = [
-        policy_schema.File,
-        policy_schema.Issuer,
-        policy_schema.Jwks,
-        policy_schema.ClearanceRule,
-        policy_schema.Expert,
-    ]
-    forms += [policy_schema.Health, policy_schema.Outlier, policy_schema.GateRule, policy_schema.Revoked]
-    for form in forms:
-        for key, field in form.model_fields.items():
-            assert f"| `{field.alias or key}` |" in words
+    shown = re.findall(r"```(yaml|text)\n(.*?)```", words, re.DOTALL)
+    assert {language for language, _ in shown} == {"yaml", "text"}
+    told = {f"policy.yaml:{line}" for lines in BROKEN.values() for line in lines.splitlines()}
+    for language, block in shown:
+        if language == "yaml":
+            assert mistakes(block, keys) == []
+        else:
+            assert told.issuperset(block.splitlines())
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (?:`([^|]*)`)?", words, re.MULTILINE)
+    forms = json_schema()["$defs"] | {"File": json_schema()}
+    for form in forms.values():
+        for key, entry in form["properties"].items():
+            default = entry.get("default", "")
+            written = default if isinstance(default, str) else json.dumps(default)
+            assert {value for name, value in rows if name == key} & {written, "{}"}, key
 
 
 # ---- any text at all -------------------------------------------------------------------------------------------------

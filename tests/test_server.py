@@ -499,6 +499,34 @@ def test_stop_lets_what_runs_finish(path: Path) -> None:
     asyncio.run(run())
 
 
+def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
+    """Beyond `max_concurrent` gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
+
+    async def run() -> None:
+        started, gate = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            started.set()
+            await gate.wait()
+
+        service, _ = authorization(epoch(POLICY, ""), Keys(slowly))
+        server = Server(f"unix:{path}", service.handlers(), max_concurrent=1)
+        await server.start()
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            check = channel.unary_unary(CHECK)
+            running = asyncio.ensure_future(check(asks(authorization=bearer("new"))))
+            await started.wait()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await check(asks())
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            gate.set()
+            assert answer(await running) == (401, "invalid_token")
+            assert answer(await check(asks())) == (200, "permitted")
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
 def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that does not end is cut off."""
     monkeypatch.setattr(server_module, "KEY_WAIT", 60)

@@ -18,9 +18,10 @@ from asks import POLICY, asks, authorization, load_policy, snapshot, token, told
 from ext_authz.check import Snapshot
 from ext_authz.decision_log import DecisionLog
 from ext_authz.difference import Difference
+from ext_authz.jwk import parse_jwks
 from ext_authz.metrics import registry
 from ext_authz.model import Request
-from ext_authz.server import SERVICE, Authorization, Server
+from ext_authz.server import SERVICE, Authorization, Epoch, Server
 from ext_authz.shadow import Shadow, Undecided
 from ext_authz.witness import Witness
 
@@ -159,9 +160,6 @@ def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
         shadow = Shadow(shadow_of(tmp_path))
         await shadow.reload()
         it = authorization(policy)
-        from ext_authz.jwk import parse_jwks
-        from ext_authz.server import Epoch
-
         newer = Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256", name="next"))})
         it.epoch = Epoch.of(newer)
         shadow.beside(newer)
