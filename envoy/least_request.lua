@@ -23,14 +23,16 @@ local random = math.random
 local remembered, count = {}, 0
 
 local function candidate(text)
-  local name, parameters = text:match("^([a-z0-9][a-z0-9-]*)(.*)$")
+  local name, rest = text:match("^([a-z0-9][a-z0-9-]*)(.*)$")
   if not name then
     return nil
   end
-  local weight = parameters:match("^;w=(%d%d?%d?%d?)")
-  parameters = parameters:gsub("^;w=%d%d?%d?%d?", "")
-  local most = parameters:match("^;m=(%d%d?%d?%d?%d?%d?%d?)$")
-  if weight == "0" or (parameters ~= "" and not most) then
+  local weight, most, after
+  weight, after = rest:match("^;w=([1-9]%d?%d?%d?)(.*)$")
+  rest = after or rest
+  most, after = rest:match("^;m=([1-9]%d?%d?%d?%d?%d?%d?)(.*)$")
+  rest = after or rest
+  if rest ~= "" then
     return nil
   end
   return { name = name, weight = tonumber(weight or 1), most = tonumber(most or FULL), rung = { cluster = name } }

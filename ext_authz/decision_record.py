@@ -14,11 +14,13 @@ from weakref import WeakKeyDictionary
 
 from cachetools import LRUCache
 
+from ext_authz import strict_json
 from ext_authz.check import Snapshot, identify, may_downgrade
 from ext_authz.condition import Truth, compile_condition, context
 from ext_authz.difference import Difference
 from ext_authz.model import Decision, Identity, Reason, Request, Verdict
 
+MAX_DEPTH = 24  # nesting; a token's claims are not nested deeper, with room for what holds them
 MAX_PATH = 2048  # characters; no gate rule is longer than half of it
 CACHED_CALLERS = 4096
 _MAX_TIME = 1e11
@@ -53,10 +55,10 @@ class Record:
     path: str | None
 
     @classmethod
-    def read(cls, line: bytes | str) -> Record:
+    def read(cls, line: bytes) -> Record:
         """The record on `line`; ValueError if it is none."""
         try:
-            data = json.loads(line if isinstance(line, str) else line.decode())
+            data = strict_json.loads(line, MAX_DEPTH)
             requested = data["requested"]
             record = cls(
                 time=data["time"],
@@ -74,7 +76,7 @@ class Record:
                 method=data["method"],
                 path=data["path"],
             )
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError):
             raise ValueError("not a decision record") from None
         if not record._whole():
             raise ValueError("not a decision record")
@@ -88,7 +90,7 @@ class Record:
             and type(self.downgrade) is type(self.anonymous) is bool
             and (self.tier is None or type(self.tier) is str)
             and (self.path is None or type(self.path) is str)
-            and (self.claims is None or type(self.claims) is dict)
+            and (self.claims is None or (type(self.claims) is dict and type(self.claims.get("iss", "")) is str))
         )
 
 

@@ -165,7 +165,7 @@ def _mapping(value: object) -> object:
 def _mapping_or_false(value: object) -> object:
     if value is not False and not isinstance(value, dict):
         raise ValueError("expected a mapping or `false`")
-    return value or None
+    return None if value is False else value
 
 
 def _text(pattern: str, expected: str, most: int) -> Any:
@@ -182,6 +182,11 @@ def _seconds(default: float) -> Any:
     return Field(default=default, json_schema_extra={"default": spelled(default)})
 
 
+def _all_defaults(form: Any) -> Any:
+    """A mapping that may be left out, and then has the defaults of all its keys."""
+    return Field(default=form, json_schema_extra={"default": {}})
+
+
 def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default")
 
@@ -193,7 +198,13 @@ def _optional() -> Any:
 
 def _list(least: int, most: int) -> Any:
     """The limits of a list without repetitions; policy_file looks for those, to point at the second of the two."""
-    return Field(min_length=least, max_length=most, json_schema_extra={"uniqueItems": True})
+
+    def refine(schema: dict[str, Any]) -> None:
+        schema["uniqueItems"] = True
+        if least:
+            schema.pop("default", None)
+
+    return Field(min_length=least, max_length=most, json_schema_extra=refine)
 
 
 Version = Annotated[int, PlainValidator(_version, json_schema_input_type=Literal[1])]
@@ -299,11 +310,11 @@ class Expert(Form):
     """`safe`: only what has not reached an expert; `5xx`: also what it answered with 5xx."""
     health: Annotated[
         Health | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Health | Literal[False])
-    ] = Health()
+    ] = _all_defaults(Health())
     """The active health check, or `false`."""
     outlier: Annotated[
         Outlier | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Outlier | Literal[False])
-    ] = Outlier()
+    ] = _all_defaults(Outlier())
     """Passive ejection, or `false`."""
     slow_start: Annotated[float, _span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
     """How long a new endpoint's share of the traffic grows; 0: full at once."""
@@ -390,7 +401,9 @@ class Issuer(Form):
     """A token must be for one of these."""
     algorithms: Annotated[list[Algorithm], _list(1, 13)]
     """What its tokens may be signed with."""
-    jwks: Annotated[Jwks | None, BeforeValidator(_mapping, json_schema_input_type=Jwks)] = None
+    jwks: Annotated[Jwks | None, BeforeValidator(_mapping, json_schema_input_type=Jwks)] = Field(
+        default=None, json_schema_extra=_without_default
+    )
     secret_file: Text = _optional()
     """The shared secret of the HS algorithms, relative to the policy's folder."""
 
@@ -432,7 +445,7 @@ class File(Form):
     ]
     gate: Annotated[list[GateRule], Field(max_length=MAX_GATE)] = []
     """Where requests name their experts: the first rule that covers the path. Default: the header `x-expert-names`."""
-    revoked: Revoked = Revoked()
+    revoked: Revoked = _all_defaults(Revoked())
     leeway: Annotated[float, _span(0, 300)] = _seconds(30)
     """How far the issuers' clocks may be off."""
     forward_token: bool = False

@@ -70,8 +70,11 @@ class Replay:
         # Where a request came from matters only if the two policies could read it differently.
         self._by_request = not self._alike or old.reads_request or new.reads_request
         self._token_claims = _token_claims(old, new)
-        self._relevant: dict[Any, tuple[str, ...] | None] = {}
+        self._issuers = {let_in: _changed_issuers(old, new, let_in) for let_in in (False, True)}
+        self._revocations = {let_in: _changed_revocations(old.revoked, new.revoked, let_in) for let_in in (False, True)}
+        self._concerns: dict[Any, _Concern] = {}
         self._known: dict[Any, Outcome | Unknown] = {}
+        self._decided: dict[Any, Outcome] = {}
 
     def __call__(self, record: Record) -> Outcome | Unknown:
         """What comes of the record under both."""
@@ -91,15 +94,21 @@ class Replay:
         """What the record tells of the claims that matter to it, in a form that can be compared."""
         if record.anonymous or record.claims is None:
             return None
-        concern = record.requested, record.anonymous
-        if concern not in self._relevant:
-            reads = [r.claims(record) for r in self._reads]
-            every = self._token_claims.union(*(r for r in reads if r is not None))
-            _remember(self._relevant, concern, None if None in reads else tuple(sorted(every)))
-        relevant = self._relevant[concern]
-        if relevant is None:
+        read = self._concern(record).claims
+        if read is None:
             return repr(record.claims), record.absent
-        return tuple(repr(record.claims[n]) if n in record.claims else n in record.absent for n in relevant)
+        return tuple(repr(record.claims[n]) if n in record.claims else n in record.absent for n in read)
+
+    def _concern(self, record: Record) -> _Concern:
+        key = record.requested, record.anonymous
+        found = self._concerns.get(key)
+        if found is None:
+            read = [reads.claims(record) for reads in self._reads]
+            every = self._token_claims.union(*(names for names in read if names is not None))
+            allowed = any(reads.allow(record) for reads in self._reads)
+            made = _Concern(None if None in read else tuple(sorted(every)), allowed)
+            found = _remember(self._concerns, key, made)
+        return found
 
     def _replay(self, record: Record) -> Outcome | Unknown:
         if record.requested is None and record.reason not in _AT_THE_GATE:
@@ -107,10 +116,20 @@ class Replay:
         unknown = self._gate(record) or self._token(record) or self._conditions(record)
         if unknown:
             return unknown
-        old, new = (_decide(p, _caller(p, record), record) for p in (self._old, self._new))
+        callers = _caller(self._old, record), _caller(self._new, record)
+        if self._concern(record).allow:
+            return self._outcome(record, *callers)
+        # Without an `allow` rule a decision depends on no more of the caller than this.
+        ranks = tuple(c.reason if isinstance(c, Refusal) else c.tier for c in callers)
+        key = ranks, record.requested, record.downgrade, record.reason in _AT_THE_GATE
+        found = self._decided.get(key)
+        return found or _remember(self._decided, key, self._outcome(record, *callers))
+
+    def _outcome(self, record: Record, old_caller: Identity | Refusal, new_caller: Identity | Refusal) -> Outcome:
+        old, new = _decide(self._old, old_caller, record), _decide(self._new, new_caller, record)
         found = difference(old, new)
         widening = found is Difference.DENY_TO_ALLOW or any(
-            not _permitted(self._old, record, name) for name in new.serve if name not in old.serve
+            not _permitted(self._old, old_caller, record, name) for name in new.serve if name not in old.serve
         )
         return Outcome(old, new, found, widening)
 
@@ -137,14 +156,13 @@ class Replay:
             return None
         # Whom the old policy has let in already is of an issuer that it trusts, and not revoked by it.
         let_in = record.policy == self._old.digest
-        changed = _changed_issuers(self._old, self._new, let_in)
+        changed = self._issuers[let_in]
         if changed and not _knows(record, "iss"):
             return Unknown(Cause.ISSUERS, "needs claims.iss")
         iss = (record.claims or {}).get("iss")
         if iss in changed and iss in self._old.issuers and iss in self._new.issuers:
             return Unknown(Cause.ISSUERS, f"other tokens of {iss} may be good")
-        needed = _changed_revocations(self._old.revoked, self._new.revoked, let_in)
-        lacking = next((claim for claim in needed if not _knows(record, claim)), None)
+        lacking = next((claim for claim in self._revocations[let_in] if not _knows(record, claim)), None)
         return Unknown(Cause.REVOKED, f"needs claims.{lacking}") if lacking else None
 
     def _conditions(self, record: Record) -> Unknown | None:
@@ -154,6 +172,15 @@ class Replay:
             if missing:
                 return missing
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Concern:
+    """What can matter to the records that ask for the same: the claims (None: any), and whether there are `allow`
+    rules."""
+
+    claims: tuple[str, ...] | None
+    allow: bool
 
 
 class _Reads:
@@ -173,12 +200,12 @@ class _Reads:
         return next((unknown for read in self._concerning(record) if (unknown := read.missing(record))), None)
 
     def _concerning(self, record: Record) -> list[_Read]:
-        found = [] if record.anonymous else [*self._clearance]
-        for name in record.requested or ():
-            expert = self._policy.experts.get(name)
-            if expert is not None:
-                found += [self._allow[n] for n in (name, *expert.downgrade_to) if n in self._allow]
-        return found
+        return self.allow(record) if record.anonymous else [*self._clearance, *self.allow(record)]
+
+    def allow(self, record: Record) -> list[_Read]:
+        """Of the `allow` rules, those that can judge the record: of experts asked for and their stand-ins."""
+        asked = [self._policy.experts[n] for n in record.requested or () if n in self._policy.experts]
+        return [self._allow[n] for e in asked for n in (e.name, *e.downgrade_to) if n in self._allow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +277,7 @@ def _decide(policy: Policy, caller: Identity | Refusal, record: Record) -> Decis
     return decide(policy, caller, record.requested, Request(record.method, record.path or "", {}), record.downgrade)
 
 
-def _permitted(policy: Policy, record: Record, expert: str) -> bool:
-    caller = _caller(policy, record)
+def _permitted(policy: Policy, caller: Identity | Refusal, record: Record, expert: str) -> bool:
     if isinstance(caller, Refusal):
         return False
     request = Request(record.method, record.path or "", {})

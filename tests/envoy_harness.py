@@ -67,6 +67,7 @@ class Upstream:
     seen: list[web.BaseRequest] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     held: int = 0
+    health_delay: float = 0.0
     port: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
     _server: asyncio.Server | None = None
@@ -87,6 +88,7 @@ class Upstream:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path == "/healthz":
+            await asyncio.sleep(self.health_delay)
             return web.Response(status=200)
         self.seen.append(request)
         self.bodies.append(await request.read())

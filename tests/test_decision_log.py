@@ -93,7 +93,7 @@ def test_a_record_tells_the_decision(tmp_path: Path, call: bytes, expected: dict
 def test_a_record_can_be_read_back(tmp_path: Path) -> None:
     """Every record is a Record, whatever the decision was."""
     for told_of in record(load_policy(tmp_path), *(call for _, call, _ in RECORDS)):
-        read = Record.read(json.dumps(told_of))
+        read = Record.read(json.dumps(told_of).encode())
         assert read.verdict == told_of["verdict"]
         assert read.requested == (None if told_of["requested"] is None else tuple(told_of["requested"]))
 
@@ -144,7 +144,8 @@ def test_what_is_no_record_is_a_value_error(line: bytes) -> None:
 WRONG = [
     ("time", "now"), ("time", True), ("time", 1e300), ("time", float("nan")), ("verdict", "maybe"), ("reason", 7),
     ("requested", [7]), ("requested", 7), ("requested", "AB"), ("serve", [None]), ("decision_id", 7), ("policy", None),
-    ("downgrade", 1), ("anonymous", None), ("claims", []), ("absent", [1]), ("path", 7), ("method", None), ("tier", 7),
+    ("downgrade", 1), ("anonymous", None), ("claims", []), ("claims", {"iss": []}),
+    ("absent", [1]), ("path", 7), ("method", None), ("tier", 7),
 ]  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def test_a_member_of_the_wrong_type_is_no_record(tmp_path: Path, member: str, va
     """A log may have been edited."""
     (good,) = record(load_policy(tmp_path), asks("A"))
     with pytest.raises(ValueError, match="not a decision record"):
-        Record.read(json.dumps(good | {member: value}))
+        Record.read(json.dumps(good | {member: value}).encode())
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""How long from a changed policy file to the new policy in force, and whether anything fails meanwhile.
+
+    .venv/bin/python benchmarks/reload.py [--swaps 1000]
+
+Starts the whole proxy on loopback, flips expert C between two tiers under load, ConfigMap style (a new folder and one
+symlink swapped), and prints the percentiles of swap → in force: the time from the swap to the first answer that carries
+the new digest, asked for without a pause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import tokens  # noqa: E402
+from conftest import demo_policy  # noqa: E402
+from system import System, rss, system  # noqa: E402
+
+from ext_authz import policy_file  # noqa: E402
+
+
+def mount(it: System, number: int, text: str) -> None:
+    """As a kubelet changes a ConfigMap."""
+    folder = it.directory
+    version = folder / f"..version_{number}"
+    version.mkdir()
+    (version / "policy.yaml").write_text(text)
+    old = (folder / "..data").resolve() if (folder / "..data").is_symlink() else None
+    (folder / "..data_tmp").symlink_to(version.name)
+    (folder / "..data_tmp").rename(folder / "..data")
+    if old is not None:
+        shutil.rmtree(old)
+
+
+async def measure(it: System, swaps: int) -> tuple[list[float], int, int]:
+    """Seconds from swap to in force, for each swap; answers seen; answers that did not fit the digest they carried."""
+    texts = [demo_policy(it.ports), demo_policy(it.ports).replace("C: {tier: high", "C: {tier: low")]
+    expected = {policy_file.parse(t, "policy.yaml", it.directory).digest: s for t, s in zip(texts, (403, 200), strict=True)}
+    digests = list(expected)
+    mount(it, 0, texts[0])
+    it.policy.unlink()
+    it.policy.symlink_to("..data/policy.yaml")
+    url = f"http://127.0.0.1:{it.port}/route"
+    latest, seen, wrong = "", 0, 0
+    stop = asyncio.Event()
+    changed = asyncio.Condition()
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        nonlocal latest, seen, wrong
+        while not stop.is_set():
+            async with session.post(url, json={"token_id": 1, "expert_names": ["C"]}) as response:
+                await response.read()
+                digest = response.headers.get("x-srp-policy", "")
+                seen, wrong = seen + 1, wrong + (expected.get(digest) != response.status)
+                if digest != latest:
+                    latest = digest
+                    async with changed:
+                        changed.notify_all()
+
+    took = []
+    async with aiohttp.ClientSession() as session:
+        running = [asyncio.create_task(client(session)) for _ in range(4)]
+        for number in range(1, swaps + 1):
+            wanted = digests[number % 2]
+            began = time.perf_counter()
+            mount(it, number, texts[number % 2])
+            async with changed:
+                await asyncio.wait_for(changed.wait_for(lambda wanted=wanted: latest == wanted), 10)
+            took.append(time.perf_counter() - began)
+            if number % 100 == 0:
+                print(f"  {number} of {swaps} swaps", file=sys.stderr)
+        stop.set()
+        await asyncio.gather(*running)
+    return took, seen, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swaps", type=int, default=1000, help="default: 1000")
+    swaps = parser.parse_args().swaps
+    files = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
+    with system(demo_policy, {"A": 1, "B": 1, "C": 1, "D": 1}, files) as it:
+        assert it.authz.process is not None
+        before = rss(it.authz.process.pid)
+        took, seen, wrong = asyncio.run(measure(it, swaps))
+        after = rss(it.authz.process.pid)
+    cuts = statistics.quantiles(took, n=100)
+    print(f"swaps {swaps}, answers {seen}, answers that disagree with their digest or failed {wrong}")
+    print(f"swap to in force: p50 {cuts[49] * 1e3:.0f} ms, p95 {cuts[94] * 1e3:.0f} ms, p99 {cuts[98] * 1e3:.0f} ms")
+    print(f"memory of ext_authz: {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")
+
+
+if __name__ == "__main__":
+    main()
