@@ -82,6 +82,10 @@ class Record:
             raise ValueError("not a decision record")
         return record
 
+    def knows(self, claim: str) -> bool:
+        """Whether it tells if the caller has `claim`, and what it says. An anonymous caller has none."""
+        return self.anonymous or (self.claims is not None and (claim in self.claims or claim in self.absent))
+
     def _whole(self) -> bool:
         return (
             type(self.time) in (int, float)

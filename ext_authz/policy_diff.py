@@ -15,8 +15,9 @@ from ext_authz.difference import Difference
 from ext_authz.model import Decision
 from ext_authz.policy import Policy
 from ext_authz.policy_changes import Change, Effect, changes
+from ext_authz.policy_reads import Cause, Unknown
 from ext_authz.policy_source import MAX_BYTES, printable
-from ext_authz.replay import Cause, Outcome, Replay, Unknown
+from ext_authz.replay import Outcome, Replay
 
 MAX_LINE = 1024 * 1024  # bytes of a record
 EXAMPLES = 3  # records shown of each kind

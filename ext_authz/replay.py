@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from math import inf
 from typing import Any, TypeVar
 
 from ext_authz import identity
-from ext_authz.condition import Condition
-from ext_authz.condition_reads import Members, members
 from ext_authz.decision_record import Record
 from ext_authz.difference import Difference, difference
 from ext_authz.gate import REQUESTED_CLUSTER
 from ext_authz.model import Decision, Identity, Reason, Refusal, Request, refuse
 from ext_authz.policy import GateRule, Policy, Revoked, clearance, decide
+from ext_authz.policy_reads import Cause, Reads, Unknown
 
 MAX_REMEMBERED = 20_000
 
@@ -27,26 +25,6 @@ _T = TypeVar("_T")
 _AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
 _REVOKED = Refusal(Reason.INVALID_TOKEN, "the token is revoked")
 _UNTRUSTED = Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
-
-
-class Cause(StrEnum):
-    """Why a record cannot be replayed."""
-
-    EARLY = "refused before the gate"
-    CLAIMS = "claims not logged"
-    REQUEST = "request not logged"
-    GATE = "gate changed"
-    ISSUERS = "issuers changed"
-    REVOKED = "revocation changed"
-    OTHERWISE = "decided otherwise"
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """The record cannot be replayed; `detail` names what is missing."""
-
-    cause: Cause
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +43,7 @@ class Replay:
 
     def __init__(self, old: Policy, new: Policy) -> None:
         self._old, self._new = old, new
-        self._reads = tuple(_Reads(p) for p in (old, new))
+        self._reads = tuple(Reads(p) for p in (old, new))
         self._alike = _same_gates(old, new)
         # Where a request came from matters only if the two policies could read it differently.
         self._by_request = not self._alike or old.reads_request or new.reads_request
@@ -157,12 +135,12 @@ class Replay:
         # Whom the old policy has let in already is of an issuer that it trusts, and not revoked by it.
         let_in = record.policy == self._old.digest
         changed = self._issuers[let_in]
-        if changed and not _knows(record, "iss"):
+        if changed and not record.knows("iss"):
             return Unknown(Cause.ISSUERS, "needs claims.iss")
         iss = (record.claims or {}).get("iss")
         if iss in changed and iss in self._old.issuers and iss in self._new.issuers:
             return Unknown(Cause.ISSUERS, f"other tokens of {iss} may be good")
-        lacking = next((claim for claim in self._revocations[let_in] if not _knows(record, claim)), None)
+        lacking = next((claim for claim in self._revocations[let_in] if not record.knows(claim)), None)
         return Unknown(Cause.REVOKED, f"needs claims.{lacking}") if lacking else None
 
     def _conditions(self, record: Record) -> Unknown | None:
@@ -181,53 +159,6 @@ class _Concern:
 
     claims: tuple[str, ...] | None
     allow: bool
-
-
-class _Reads:
-    """What the conditions of one policy read, worked out once."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._clearance = [_Read.of(rule.when) for rule in policy.clearance]
-        self._allow = {e.name: _Read.of(e.allow) for e in policy.experts.values() if e.allow is not None}
-
-    def claims(self, record: Record) -> Members:
-        """The claims that can matter to the record; None if it may be any."""
-        every = [read.claims for read in self._concerning(record)]
-        return None if None in every else frozenset(name for names in every for name in names or ())
-
-    def missing(self, record: Record) -> Unknown | None:
-        return next((unknown for read in self._concerning(record) if (unknown := read.missing(record))), None)
-
-    def _concerning(self, record: Record) -> list[_Read]:
-        return self.allow(record) if record.anonymous else [*self._clearance, *self.allow(record)]
-
-    def allow(self, record: Record) -> list[_Read]:
-        """Of the `allow` rules, those that can judge the record: of experts asked for and their stand-ins."""
-        asked = [self._policy.experts[n] for n in record.requested or () if n in self._policy.experts]
-        return [self._allow[n] for e in asked for n in (e.name, *e.downgrade_to) if n in self._allow]
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    where: str
-    claims: Members
-    request: Members
-
-    @classmethod
-    def of(cls, condition: Condition) -> _Read:
-        return cls(condition.where, members(condition, "claims"), members(condition, "request"))
-
-    def missing(self, record: Record) -> Unknown | None:
-        """An anonymous caller has no claims, which is all there is to know of them."""
-        if self.claims is None and not record.anonymous:
-            return Unknown(Cause.CLAIMS, f"{self.where} may read any claim")
-        if lacking := sorted(c for c in self.claims or () if not _knows(record, c)):
-            return Unknown(Cause.CLAIMS, f"{self.where} reads claims.{lacking[0]}")
-        known = {"method", "path"} if record.path is not None else {"method"}
-        if self.request is None or not self.request <= known:
-            return Unknown(Cause.REQUEST, f"{self.where} reads more than method and path")
-        return None
 
 
 def _token_claims(old: Policy, new: Policy) -> frozenset[str]:
@@ -250,18 +181,12 @@ def _remember(memory: dict[Any, _T], key: object, value: _T) -> _T:
     return value
 
 
-def _knows(record: Record, claim: str) -> bool:
-    if record.anonymous:
-        return True
-    return record.claims is not None and (claim in record.claims or claim in record.absent)
-
-
 def _caller(policy: Policy, record: Record) -> Identity | Refusal:
     """The caller as `policy` sees it; the record is known to hold what that takes."""
     if record.anonymous:
         return identity.anonymous(policy)
     claims: Mapping[str, Any] = record.claims or {}
-    if _knows(record, "iss") and claims.get("iss") not in policy.issuers:
+    if record.knows("iss") and claims.get("iss") not in policy.issuers:
         return _UNTRUSTED
     if policy.revoked.covers(claims) or (policy.revoked.issued_before is not None and "iat" in record.absent):
         return _REVOKED

@@ -142,11 +142,11 @@ class Ads:
                     stream.wake.clear()
                     await stream.wake.wait()
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
             self._streams.discard(stream)
             self._progress.set()
             log.info("an envoy disconnected, %d left", len(self._streams))
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, stream: _Stream, requests: AsyncIterator[bytes]) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -203,7 +204,18 @@ def test_a_broken_policy_keeps_the_old_one(live: System, original: str, path: Pa
     assert live.send(experts=["A"]).status == 200
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """`srp serve` takes the root logger over; give it back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.mark.parametrize("path", BROKEN, ids=lambda p: p.stem)
+@pytest.mark.usefixtures("own_logging")
 def test_a_broken_policy_is_refused_at_the_start(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 
 import tokens
-from asks import POLICY, asks, authorization, load_policy, token, write_policy
+from asks import POLICY, asks, authorization, load_policy, snapshot, token, write_policy
+from ext_authz import wire
+from ext_authz.check import check
 from ext_authz.cli import main
 from ext_authz.decision_record import Record, Scribe
 from ext_authz.difference import Difference
-from ext_authz.model import Reason, Verdict
+from ext_authz.model import Decision, Reason, Verdict
 from ext_authz.policy import Policy
 from ext_authz.policy_changes import Effect, changes
 from ext_authz.policy_diff import MAX_LINE, compare
+from ext_authz.policy_reads import Cause, Unknown
 from ext_authz.progress import Progress
-from ext_authz.replay import Cause, Outcome, Replay, Unknown
+from ext_authz.replay import Outcome, Replay
 
 Edit = tuple[str, str]
 
@@ -249,6 +252,36 @@ def test_a_log_of_the_server_is_reproduced_by_its_policy(tmp_path: Path) -> None
     calls += [asks(path="/route", body=b) for b in (b"", b"{", b'{"expert_names": []}', b'{"expert_names": ["D"]}')]
     found = [Replay(policy, policy)(record) for record in logged(policy, calls)]
     assert {outcome(f) for f in found} == {"unchanged"}
+
+
+CALLERS: list[dict[str, Any] | None] = [
+    None,
+    {"plan": "premium", "org": "acme", "jti": "a"},
+    {"plan": "free", "email": "premium", "jti": "b"},
+    {"email": "x", "org": "acme", "iat": None},
+    {"plan": "premium", "team": "\ud800"},  # claims that no condition can read
+]
+ALL_EDITS = [edits for _, edits, *_ in REPLAYS] + [edits for _, edits, _ in CHANGES]
+
+
+@pytest.mark.parametrize("edits", ALL_EDITS, ids=[str(n) for n in range(len(ALL_EDITS))])
+def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: list[Edit]) -> None:
+    """Each request that the old policy decided is given to the new one as well: no replay may tell otherwise."""
+    old, new = pair(tmp_path, *edits)
+    calls = [
+        asks(*experts, caller=None if claims is None else token(**claims), path=path, **headers)
+        for claims in CALLERS
+        for experts in (["A"], ["C"], ["A", "C"], ["D", "E"], ["B", "X"], [])
+        for path, headers in (("/x", {}), ("/route", {"x_srp_downgrade": "never"}), ("/y", {"x_team": "red"}))
+    ]
+    calls += [asks(path="/route", body=b) for b in (b"{", b'{"expert_names": []}', b'{"expert_names": ["A", "B"]}')]
+    replay, epoch = Replay(old, new), snapshot(new)
+    for call, record in zip(calls, logged(old, calls), strict=True):
+        found = replay(record)
+        if isinstance(found, Outcome):
+            actual = check(epoch, wire.read(call), time.time())
+            assert isinstance(actual, Decision)
+            assert (found.new.verdict, set(found.new.serve)) == (actual.verdict, set(actual.serve)), record
 
 
 def logged(policy: Policy, calls: list[bytes]) -> list[Record]:

@@ -135,6 +135,7 @@ def test_check_answers_bytes_with_bytes(data: Callable[[], bytes], status: int, 
     verdict = "deny" if status != 200 else "allow" if reason == "permitted" else "downgrade"
     assert dict(tally.decisions) == {(verdict, reason): 1}
     assert sum(tally.latency) == 1
+    assert 0 < tally.latency_sum < 5
     assert tally.rpc_errors == (status == 500)
 
 

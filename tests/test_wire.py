@@ -249,7 +249,8 @@ def without_id(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 DIGEST = {"x-srp-policy": POLICY.digest}
-DEFAULT_TRAFFIC = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": "1"}
+TRIES = str(Traffic().retries)
+DEFAULT_TRAFFIC = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": TRIES}
 
 OK = [
     # name, decision, upstream headers, headers told to the client
@@ -299,14 +300,14 @@ def test_what_is_taken_out_of_a_request(forward: bool) -> None:
 
 TRAFFIC = [
     # name, traffic of A, traffic of B, timeout in ms, retries, retry-on
-    ("alike", Traffic(), Traffic(), "60000", "1", None),
-    ("the most patient", Traffic(timeout=0.25), Traffic(timeout=30.0), "30000", "1", None),
-    ("none is the most patient", Traffic(timeout=0.0), Traffic(timeout=30.0), "0", "1", None),
-    ("the most retries", Traffic(retries=0), Traffic(retries=3), "60000", "3", None),
+    ("alike", Traffic(), Traffic(), "60000", TRIES, None),
+    ("the most patient", Traffic(timeout=0.25), Traffic(timeout=30.0), "30000", TRIES, None),
+    ("none is the most patient", Traffic(timeout=0.0), Traffic(timeout=30.0), "0", TRIES, None),
+    ("the most retries", Traffic(retries=0), Traffic(retries=7), "60000", "7", None),
     ("no retries", Traffic(retries=0), Traffic(retries=0), "60000", "0", None),
-    ("one may not be asked twice after an answer", Traffic(retry_on="5xx"), Traffic(), "60000", "1", None),
+    ("one may not be asked twice after an answer", Traffic(retry_on="5xx"), Traffic(), "60000", TRIES, None),
     (
-        "all may", Traffic(retry_on="5xx"), Traffic(retry_on="5xx"), "60000", "1",
+        "all may", Traffic(retry_on="5xx"), Traffic(retry_on="5xx"), "60000", TRIES,
         "connect-failure,refused-stream,reset-before-request,5xx",
     ),
 ]  # fmt: skip
