@@ -46,7 +46,8 @@ PAIRS = 32  # experts; 992 ladders, 35 MB in Envoy
 SPARE_RUNGS = 4  # a failed attempt ejects one endpoint, and the next attempt starts one rung lower
 
 _TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
-_OVERPROVISION = 100_000  # percent / 100: one live endpoint of an expert keeps all of the expert's traffic
+_OVERPROVISION = 100_000  # percent: one living endpoint of an expert keeps all of the expert's traffic
+_UNLIMITED = 2**31
 
 # Below the shortest keep-alive of common HTTP servers (uvicorn: 5 s), so that Envoy closes idle connections first
 # and no request is sent into a connection that is just being closed.
@@ -170,7 +171,7 @@ def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
         yield {
             "endpoint": {
                 "address": {"socket_address": address},
-                "health_check_config": {"disable_active_health_check": not checked},
+                "health_check_config": {"hostname": endpoint.host, "disable_active_health_check": not checked},
             },
             "metadata": {"filter_metadata": metadata},
         }
@@ -214,11 +215,12 @@ def _outlier(outlier: Outlier) -> Fields:
 
 
 def _breakers(requests: int | None = None, pending: int | None = None) -> Fields:
-    """Retries are never what runs out: when an expert dies, every request that was meant for it is a retry."""
-    limits: Fields = {"max_retries": {"value": 2**31}}
+    """Only requests are limited. Idle connections count as connections, so a limit there would refuse requests for
+    nothing; and when an expert dies, every request that was meant for it is a retry.
+    """
+    limits: Fields = {"max_connections": {"value": _UNLIMITED}, "max_retries": {"value": _UNLIMITED}}
     if requests is not None:
-        limits |= {"max_connections": {"value": requests}, "max_requests": {"value": requests}}
-        limits |= {"max_pending_requests": {"value": pending}}
+        limits |= {"max_requests": {"value": requests}, "max_pending_requests": {"value": pending}}
     return {"thresholds": [limits]}
 
 

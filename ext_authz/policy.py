@@ -129,11 +129,11 @@ class Revoked:
     issued_before: float | None = None
 
     def covers(self, claims: Claims) -> bool:
-        """Whether what `claims` say is revoked; what they leave out is not held against them."""
+        """Whether a token with these claims is revoked. One that does not tell when it was issued came too early."""
         jti, sub, iat = (claims.get(name) for name in ("jti", "sub", "iat"))
         if (isinstance(jti, str) and jti in self.jti) or (isinstance(sub, str) and sub in self.sub):
             return True
-        return self.issued_before is not None and isinstance(iat, int | float) and iat < self.issued_before
+        return self.issued_before is not None and not (isinstance(iat, int | float) and iat >= self.issued_before)
 
 
 @dataclass(frozen=True, slots=True)

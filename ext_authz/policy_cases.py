@@ -41,6 +41,12 @@ def _claims(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _true(value: bool) -> bool:
+    if not value:
+        raise ValueError("expected `true`, or `claims` instead")
+    return value
+
+
 Name = Annotated[str, Field(min_length=1, max_length=gate.MAX_NAME_LENGTH)]
 Names = Annotated[list[Name], Field(max_length=gate.MAX_NAMES)]
 Claims = Annotated[dict[str, Any], AfterValidator(_claims)]
@@ -86,7 +92,7 @@ class Case(schema.Form):
     name: schema.Text
     claims: Claims = Field(default_factory=dict)
     """Those of the caller's token."""
-    anonymous: Literal[True] = True
+    anonymous: Annotated[bool, AfterValidator(_true)] = False
     """The caller has no token."""
     experts: Names = Field(default_factory=list)
     """What is asked for, past the gate."""

@@ -29,7 +29,7 @@ from ext_authz.policy import (
     Policy,
     Revoked,
     Traffic,
-)  # fmt: skip
+)
 from ext_authz.policy_schema import json_schema
 from ext_authz.policy_source import Mistakes, PolicyError, PolicyMistake, Source, printable, quoted, suggestion
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ext_authz import gate, identity, policy_cases
@@ -119,11 +120,11 @@ def _coverage(policy_path: Path, coverage: Coverage) -> str:
 
 def _caller(policy: Policy, case: Case) -> Identity | Refusal:
     """The caller with a token that holds these claims, and else what a good token of the policy's issuers has."""
-    if "anonymous" in case.model_fields_set:
+    if case.anonymous:
         return identity.anonymous(policy)
     if case.claims.get("iss", next(iter(policy.issuers), None)) not in policy.issuers:
         return Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
-    if policy.revoked.covers(case.claims):
+    if policy.revoked.covers({"iat": inf, **case.claims}):  # unless the case says otherwise, it was issued just now
         return Refusal(Reason.INVALID_TOKEN, "the token is revoked")
     return by_claims(policy, case.claims)
 

@@ -188,7 +188,7 @@ def _caller(policy: Policy, record: Record) -> Identity | Refusal:
     claims: Mapping[str, Any] = record.claims or {}
     if record.knows("iss") and claims.get("iss") not in policy.issuers:
         return _UNTRUSTED
-    if policy.revoked.covers(claims) or (policy.revoked.issued_before is not None and "iat" in record.absent):
+    if policy.revoked.covers(claims):
         return _REVOKED
     tier, errors = clearance(policy, claims)
     return Identity(tier, issuer="", claims=claims, errors=errors)

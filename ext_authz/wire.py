@@ -96,6 +96,8 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     }
     _set(ok.headers, {name: value for name, value in upstream.items() if value})
     removed = [REQUESTED_CLUSTER, "x-srp-downgrade", *(() if policy.forward_token else TOKEN_HEADERS)]
+    if not decision.subject:
+        removed.append("x-srp-subject")  # Envoy has stripped the client's already; this is the second lock
     ok.headers_to_remove.extend(removed)
     _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
     _metadata(response, policy, decision, decision_id)

@@ -117,7 +117,7 @@ def test_an_expert_has_all_that_its_traffic_says() -> None:
     assert [(a.address, a.port_value) for a in addresses] == [("10.0.0.1", 80), ("::1", 81)]
     assert {e.metadata.filter_metadata["srp"].fields["expert"].string_value for e in found} == {"A"}
     breaker = cluster.circuit_breakers.thresholds[0]
-    assert (breaker.max_requests, breaker.max_connections, breaker.max_pending_requests) == (7, 7, 8)
+    assert (breaker.max_requests, breaker.max_pending_requests) == (7, 8)
     check = cluster.health_checks[0]
     assert check.http_health_check.path == "/up"
     assert check.interval == check.no_traffic_interval == timedelta(seconds=0.5)

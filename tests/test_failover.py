@@ -14,7 +14,7 @@ from ext_authz import clusters
 from ext_authz.policy import Endpoint, Health
 
 ABC = "expert-a,expert-b,expert-c"
-RETRIES = {"x-envoy-max-retries": "5"}
+RETRIES = {"x-envoy-max-retries": "7"}
 HOLD = ("x-hold", "1")
 
 
@@ -214,25 +214,22 @@ def test_an_expert_cannot_speak_for_us(running: Rig) -> None:
     running.run(play())
 
 
-def test_a_full_expert_refuses_and_with_its_limit_in_the_target_is_avoided() -> None:
-    """`m` keeps requests away from an expert that would only refuse them: Envoy never retries what a breaker refused."""
-    with rig({"A": 1, "B": 1}, max_requests=1, max_pending=1) as it:
+def test_a_full_expert_is_avoided_and_when_all_are_full_the_answer_comes_at_once() -> None:
+    """Envoy never tries again what a full cluster has refused, so the route script must know the limit (`m`)."""
+    with rig({"A": 1, "B": 1}, max_requests=2) as it:
 
         async def play() -> None:
-            a, b = it.experts["A"][0], it.experts["B"][0]
-            tasks = [asyncio.create_task(it.send("expert-a", headers=[HOLD]))]
-            await until(lambda: a.held == 1, "A to be full", it)
-            target = "expert-a;w=9;m=1,expert-b;w=1;m=1"
-            assert (await it.send(target)).text == "B"
-            tasks.append(asyncio.create_task(it.send(target, headers=[HOLD])))
-            await until(lambda: b.held == 1, "B to be full", it)
-            # One more for each may wait for its turn; what comes after that is refused.
-            tasks += [asyncio.create_task(it.send(target)) for _ in range(4)]
-            done, waiting = await asyncio.wait(tasks, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-            assert {t.result().code for t in done} == {"experts_unavailable"}
-            a.release.set()
-            b.release.set()
-            assert {(await t).status for t in waiting} <= {200, 503}
+            tasks = []
+            for name in "AABB":
+                before = it.experts[name][0].held
+                target = "expert-a;w=9;m=2,expert-b;w=1;m=2"
+                tasks.append(asyncio.create_task(it.send(target, headers=[HOLD])))
+                await until(lambda: it.experts[name][0].held > before, f"a request at {name}", it)  # noqa: B023
+            answer = await it.send(target)
+            assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "experts_unavailable", "1")
+            for name in "AB":
+                it.experts[name][0].release.set()
+            assert {t.status for t in await asyncio.gather(*tasks)} == {200}
             assert (await it.send(target)).status == 200
 
         it.run(play())

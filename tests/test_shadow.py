@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -283,3 +286,32 @@ def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
     assert "srp_shadow_policy_error 0.0" in text
     assert 'srp_decision_log_records_total{outcome="written"} 4.0' in text
     assert json.dumps(told_of)
+
+
+def test_srp_serve_with_both(tmp_path: Path) -> None:
+    """The flags work, and what was decided before SIGTERM is in the log after it."""
+    log, sock = tmp_path / "decisions.jsonl", tmp_path / "s"
+    policy, shadow = write_policy(tmp_path), shadow_of(tmp_path, C_IS_LOW)
+    command = [
+        sys.executable, "-m", "ext_authz", "serve", "--policy", policy, "--listen", f"unix:{sock}",
+        "--status", "127.0.0.1:0", "--decision-log", log, "--decision-log-size", "1", "--shadow-policy", shadow,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    started: list[str] = []
+    try:
+        while not any("listens on" in line for line in started) or not any("beside" in line for line in started):
+            started.append(process.stderr.readline())
+            assert started[-1], started
+        with grpc.insecure_channel(f"unix:{sock}") as channel:
+            check = channel.unary_unary(f"/{SERVICE}/Check")
+            ids = [told(check(asks("C"), timeout=5))["x-srp-decision-id"] for _ in range(50)]
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=15)
+        assert process.returncode == 0, rest
+    finally:
+        process.kill()
+        process.wait()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["decision_id"], r["shadow"]) for r in records] == [(i, "deny_to_allow") for i in ids]
+    assert token()[:20] not in log.read_text()

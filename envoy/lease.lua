@@ -1,0 +1,236 @@
+-- Warm decisions: what ext_authz has decided, repeated for a while without asking it again.
+--
+-- Runs before ext_authz. Not a file of Envoy's: ext_authz/leases.py sends this text over ADS, with a line before it
+-- that sets SRP: the epoch, the size of the table, the gate's rules and the headers that no expert gets. A new epoch
+-- is a new text, and a new text starts with empty tables on every worker thread.
+--
+-- A lease is found by the exact text of all that its decision has read. It is stored when ext_authz grants one, in
+-- the dynamic metadata of its answer, and this is the filter of the epoch that it was granted in.
+--
+-- Whatever goes wrong in here, the request is not marked, and ext_authz decides.
+
+local EPOCH, ENTRIES, RULES, REMOVED = SRP.epoch, SRP.entries, SRP.rules, SRP.removed
+
+local OWN = "srp.lease" -- `hit` in here is what switches ext_authz off (envoy.yaml); only this filter writes it
+local DECISION = "envoy.filters.http.ext_authz"
+local MAX_KEY = 4096 -- bytes
+local MAX_PENDING = 1024 -- misses that await their answer
+local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
+
+-- What decisions read besides the path and the gate's header.
+local READ = { "authorization", "x-expert-access-token", "x-requested-cluster", "x-srp-downgrade" }
+
+-- What decisions set for the expert, ...
+local SET = {
+  "x-target-cluster", "x-srp-subject", "x-srp-tier", "x-srp-decision-id",
+  "x-envoy-upstream-rq-timeout-ms", "x-envoy-max-retries", "x-envoy-retry-on",
+}
+
+-- ... say to the client ...
+local TOLD = {
+  { "decision", "x-srp-decision" }, { "reason", "x-srp-reason" }, { "requested", "x-srp-requested" },
+  { "unknown", "x-srp-unknown" }, { "decision_id", "x-srp-decision-id" }, { "policy", "x-srp-policy" },
+}
+
+-- ... and leave for the access log.
+local LOGGED = { "decision_id", "decision", "reason", "requested", "unknown", "candidates", "caller_tier", "policy" }
+
+-- Two generations: when the young one is full, the old one is dropped whole.
+local function table_of(most)
+  return { most = most, young = {}, old = {}, count = 0, before = 0 }
+end
+
+-- Keeps a value; how many others were dropped for it.
+local function put(kept, key, value)
+  local dropped = 0
+  if kept.young[key] == nil then
+    if kept.count == kept.most then
+      dropped = kept.before
+      kept.old, kept.before = kept.young, kept.count
+      kept.young, kept.count = {}, 0
+    end
+    kept.count = kept.count + 1
+  end
+  kept.young[key] = value
+  return dropped
+end
+
+local leases = table_of(ENTRIES)
+local pending, serial = table_of(MAX_PENDING), 0
+
+local function count(handle, name, n)
+  if n > 0 then
+    handle:stats():counter(name):add(n)
+  end
+end
+
+local function rule_of(path)
+  for i = 1, #RULES do
+    local rule = RULES[i]
+    if rule.exact then
+      if path == rule.match then
+        return rule
+      end
+    elseif path:sub(1, #rule.match) == rule.match then
+      return rule
+    end
+  end
+end
+
+-- A header's part of the key, by its length so that no value can pass for two; nil if it came more than once.
+local function part(headers, name)
+  local n = headers:getNumValues(name)
+  if n == 0 then
+    return "-"
+  end
+  if n == 1 then
+    local value = headers:get(name)
+    return #value .. ":" .. value
+  end
+end
+
+-- All that the decision on this request reads; nil if that is more than a key may hold.
+local function key_of(headers)
+  local path = headers:get(":path") -- `get` of a missing header returns no value at all
+  path = path and path:match("^[^?]*")
+  local rule = path and rule_of(path)
+  if not rule or rule.body then
+    return nil
+  end
+  local parts = { #path .. ":" .. path }
+  for i = 1, #READ do
+    parts[i + 1] = part(headers, READ[i])
+    if not parts[i + 1] then
+      return nil
+    end
+  end
+  if rule.header then
+    local names = part(headers, rule.header)
+    if not names then
+      return nil
+    end
+    parts[#READ + 2] = names
+  end
+  local key = table.concat(parts, " ")
+  if #key <= MAX_KEY then
+    return key
+  end
+end
+
+local function valid(lease, now)
+  return lease.since <= now and now < lease.expires -- a clock that was set back ends it, too
+end
+
+local function find(handle, key)
+  local lease = leases.young[key]
+  if not lease then
+    lease = leases.old[key]
+    if not lease then
+      return nil
+    end
+    leases.old[key], leases.before = nil, leases.before - 1
+    if valid(lease, handle:timestamp()) then
+      count(handle, "evictions", put(leases, key, lease))
+    end
+  end
+  if valid(lease, handle:timestamp()) then
+    return lease
+  end
+end
+
+-- Whether ext_authz would take the body. Of a request that does not tell its length, only whether there is a body can
+-- be known here: `body` is nil at once if not, and waits for the whole of it if so. Nothing is done after a wait.
+local function fits(handle, headers)
+  local length = headers:get("content-length")
+  if length then
+    local bytes = tonumber(length)
+    return bytes ~= nil and bytes <= MAX_BODY
+  end
+  return handle:body() == nil
+end
+
+local function repeat_decision(handle, headers, lease)
+  for i = 1, #SET do
+    local value = lease.headers[SET[i]]
+    if value then
+      headers:replace(SET[i], value)
+    else
+      headers:remove(SET[i])
+    end
+  end
+  handle:clearRouteCache()
+  local metadata = handle:streamInfo():dynamicMetadata()
+  for i = 1, #LOGGED do
+    metadata:set(DECISION, LOGGED[i], lease.decision[LOGGED[i]])
+  end
+  metadata:set(DECISION, "leased", true)
+  for i = 1, #REMOVED do
+    headers:remove(REMOVED[i])
+  end
+  metadata:set(OWN, "hit", true)
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  local key = key_of(headers)
+  if not key then
+    return
+  end
+  local lease = find(handle, key)
+  if lease then
+    if fits(handle, headers) then
+      repeat_decision(handle, headers, lease)
+      count(handle, "hits", 1)
+    end
+    return
+  end
+  serial = serial + 1
+  put(pending, serial, key)
+  handle:streamInfo():dynamicMetadata():set(OWN, "asked", serial)
+  count(handle, "misses", 1)
+end
+
+local function store(handle, key, decision)
+  local grant = decision.lease
+  local now = handle:timestamp()
+  local expires = tonumber(grant.expires)
+  if grant.epoch ~= EPOCH or not expires or now >= expires then
+    return
+  end
+  if decision.decision ~= "allow" and decision.decision ~= "downgrade" then
+    return
+  end
+  local kept = { since = now, expires = expires, headers = {}, decision = {} }
+  for i = 1, #SET do
+    kept.headers[SET[i]] = grant.headers[SET[i]]
+  end
+  for i = 1, #LOGGED do
+    kept.decision[LOGGED[i]] = decision[LOGGED[i]]
+  end
+  count(handle, "evictions", put(leases, key, kept))
+  count(handle, "stores", 1)
+end
+
+function envoy_on_response(handle)
+  local metadata = handle:streamInfo():dynamicMetadata()
+  local own = metadata:get(OWN)
+  if not own then
+    return
+  end
+  local decision = metadata:get(DECISION)
+  if own.hit then
+    local headers = handle:headers()
+    for i = 1, #TOLD do
+      local value = decision[TOLD[i][1]]
+      if value ~= "" then
+        headers:replace(TOLD[i][2], value)
+      end
+    end
+    return
+  end
+  local key = pending.young[own.asked] or pending.old[own.asked]
+  pending.young[own.asked], pending.old[own.asked] = nil, nil
+  if key and decision and decision.lease then
+    store(handle, key, decision)
+  end
+end
