@@ -14,6 +14,7 @@ local EPOCH, ENTRIES, RULES, REMOVED = SRP.epoch, SRP.entries, SRP.rules, SRP.re
 local OWN = "srp.lease" -- `hit` in here is what switches ext_authz off (envoy.yaml); only this filter writes it
 local DECISION = "envoy.filters.http.ext_authz"
 local MAX_KEY = 4096 -- bytes
+local MAX_LEASE = 8192 -- bytes of a key and all that is kept with it
 local MAX_PENDING = 1024 -- misses that await their answer
 local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
 
@@ -122,18 +123,18 @@ local function valid(lease, now)
 end
 
 local function find(handle, key)
+  local now = handle:timestamp() -- milliseconds since the epoch
   local lease = leases.young[key]
-  if not lease then
-    lease = leases.old[key]
-    if not lease then
-      return nil
-    end
-    leases.old[key], leases.before = nil, leases.before - 1
-    if valid(lease, handle:timestamp()) then
-      count(handle, "evictions", put(leases, key, lease))
-    end
+  if lease then
+    return valid(lease, now) and lease or nil
   end
-  if valid(lease, handle:timestamp()) then
+  lease = leases.old[key]
+  if not lease then
+    return nil
+  end
+  leases.old[key], leases.before = nil, leases.before - 1
+  if valid(lease, now) then
+    count(handle, "evictions", put(leases, key, lease))
     return lease
   end
 end
@@ -200,12 +201,17 @@ local function store(handle, key, decision)
   if decision.decision ~= "allow" and decision.decision ~= "downgrade" then
     return
   end
-  local kept = { since = now, expires = expires, headers = {}, decision = {} }
+  local kept, bytes = { since = now, expires = expires, headers = {}, decision = {} }, #key
   for i = 1, #SET do
-    kept.headers[SET[i]] = grant.headers[SET[i]]
+    local value = grant.headers[SET[i]]
+    kept.headers[SET[i]], bytes = value, bytes + #(value or "")
   end
   for i = 1, #LOGGED do
-    kept.decision[LOGGED[i]] = decision[LOGGED[i]]
+    local value = decision[LOGGED[i]]
+    kept.decision[LOGGED[i]], bytes = value, bytes + #value
+  end
+  if bytes > MAX_LEASE then
+    return
   end
   count(handle, "evictions", put(leases, key, kept))
   count(handle, "stores", 1)

@@ -420,9 +420,9 @@ class Issuer(Form):
 class Revoked(Form):
     """Tokens that are refused though they verify."""
 
-    jti: Annotated[list[Text], _list(0, MAX_REVOKED)] = []
+    jti: Annotated[list[Text], Field(max_length=MAX_REVOKED)] = []
     """Their ids."""
-    sub: Annotated[list[Text], _list(0, MAX_REVOKED)] = []
+    sub: Annotated[list[Text], Field(max_length=MAX_REVOKED)] = []
     """Their subjects."""
     issued_before: Instant = None
     """Every token issued before this time, and every one that does not say when."""
