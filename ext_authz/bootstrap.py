@@ -20,9 +20,7 @@ def envoy_file(name: str) -> Path:
     raise FileNotFoundError(f"envoy/{name} is not installed")
 
 
-def bootstrap(
-    template: str, *, listen: tuple[str, int], admin: tuple[str, int] | None, socket: str, lua: str
-) -> str:
+def bootstrap(template: str, *, listen: tuple[str, int], admin: tuple[str, int] | None, socket: str, lua: str) -> str:
     """`template`, the text of envoy/envoy.yaml, with these places changed and nothing else.
 
     `listen` and `admin` are IP address and port; port 0 takes a free one, `admin` None leaves the admin listener out.

@@ -42,7 +42,7 @@ from ext_authz.xds import Resources
 
 TYPE_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 SPARE = "~spare"  # no policy can name a cluster so: `~` is in no cluster name
-PAIRS = 32  # experts; 992 ladders, 35 MB in Envoy
+PAIRS = 32  # experts; their 992 ladders cost Envoy some 40 MB
 SPARE_RUNGS = 4  # a failed attempt ejects one endpoint, and the next attempt starts one rung lower
 
 _TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
@@ -178,7 +178,7 @@ def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
 
 
 def _health_checks(health: Health | None) -> list[Fields]:
-    """The first check runs at once; an endpoint is dead after two failures (a 503: after one), alive after one success."""
+    """Checked at once, an endpoint is dead after two failures (a 503: after one), alive after one success."""
     if health is None:
         return []
     interval = _seconds(health.interval)

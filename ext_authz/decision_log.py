@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of lines that wait for the disk
+PIECE = 256 * 1024  # bytes that go to the disk at once
 GATHER = 0.05  # seconds of lines that one write takes
 CLOSING = 5.0  # seconds that the last lines get
 MODE = 0o600
@@ -83,7 +84,7 @@ class DecisionLog:
         """Write all that waits, in pieces that fit into what is left of the file."""
         while self._lines:
             piece: list[bytes] = []
-            room = self._max_bytes - self._size
+            room = min(PIECE, self._max_bytes - self._size)
             while self._lines and (not piece or len(self._lines[0]) <= room):
                 piece.append(self._lines.popleft())
                 room -= len(piece[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _text
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,12 +128,12 @@ class Scribe:
         if decided is None:
             decided = self._decisions[decision] = _decided(snapshot.policy.digest, decision)
         caller = self._caller(snapshot, request, decision, now)
-        path = _json(request.path) if len(request.path) <= MAX_PATH else "null"
+        path = _text(request.path) if len(request.path) <= MAX_PATH else "null"
         told = f',"shadow":"{shadow.value}"' if shadow is not None else ""
         downgrade = "true" if may_downgrade(request) else "false"
         text = (
             f'{{"time":{now:.6f},"decision_id":"{decision_id}",{decided},{caller},'
-            f'"downgrade":{downgrade},"method":{_json(request.method)},"path":{path}{told}}}\n'
+            f'"downgrade":{downgrade},"method":{_text(request.method)},"path":{path}{told}}}\n'
         )
         return text.encode()
 

@@ -24,7 +24,7 @@ Names = tuple[str, ...]
 
 def read(policy: Policy, request: Request) -> Names | Refusal:
     """The names that the request asks for, in its order and de-duplicated, or why they cannot be read."""
-    rule = next((r for r in policy.gate if r.covers(request.path)), None)
+    rule = rule_for(policy, request.path)
     if rule is None:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
     if rule.header is not None:
@@ -32,6 +32,11 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
     if rule.pointer is not None:
         return _from_body(rule, rule.pointer, request)
     return _default(rule)
+
+
+def rule_for(policy: Policy, path: str) -> GateRule | None:
+    """The rule that says where requests to `path` name their experts."""
+    return next((r for r in policy.gate if r.covers(path)), None)
 
 
 def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:

@@ -17,13 +17,14 @@ BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0
 class Tally:
     """The counts of one server. Label sets are bounded: verdicts and reasons are enums, experts are the policy's."""
 
-    __slots__ = ("condition_errors", "decisions", "experts", "latency", "latency_sum", "rpc_errors")
+    __slots__ = ("condition_errors", "decisions", "experts", "latency", "latency_sum", "leases", "rpc_errors")
 
     def __init__(self) -> None:
         self.decisions: Counter[tuple[str, str]] = Counter()
         self.experts: Counter[str] = Counter()
         self.condition_errors: Counter[str] = Counter()
         self.rpc_errors = 0
+        self.leases = 0
         self.latency = [0] * (len(BUCKETS) + 1)
         self.latency_sum = 0.0
 
@@ -55,6 +56,7 @@ class Tally:
         for condition, n in sorted(self.condition_errors.items()):
             errors.add_metric([condition], n)
         yield errors
+        yield CounterMetricFamily("srp_leases", "Decisions that Envoy may repeat for a while.", value=self.leases)
         yield CounterMetricFamily("srp_rpc_errors", "Checks denied by an unexpected error.", value=self.rpc_errors)
         total, buckets = 0, []
         for bound, n in zip((*map(str, BUCKETS), "+Inf"), self.latency, strict=True):

@@ -114,6 +114,7 @@ class Decision:
 
     `requested` are the known experts asked for, `unknown` the names dropped; `required_tier` is the lowest tier
     among the requested experts struck out for their tier, None when none was. `subject` is the verified caller's.
+    `expires` is when the caller's token ends, in seconds since the epoch, leeway included.
     Compared by object: what is remembered of a decision is remembered with it.
     """
 
@@ -128,6 +129,7 @@ class Decision:
     caller_tier: str | None = None
     subject: str = ""
     errors: tuple[str, ...] = ()
+    expires: float = inf
 
     @property
     def status(self) -> int:

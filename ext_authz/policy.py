@@ -56,7 +56,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One expert. `tier` indexes `Policy.tiers`; `line` is where the policy defines it."""
+    """One expert. `tier` indexes `Policy.tiers`; `line` is where the policy defines it; `lease` as in `Policy`."""
 
     name: str
     tier: int
@@ -67,6 +67,7 @@ class Expert:
     allow: Condition | None = None
     traffic: Traffic = Traffic()
     line: int = 0
+    lease: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ class Revoked:
 class Policy:
     """The whole policy, compiled and immutable. `digest` names its text; `anonymous` None: a token is required.
 
-    `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts.
+    `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts. `lease` is for how many
+    seconds Envoy may repeat a decision, 0: not at all; an expert's own goes before it.
     """
 
     tiers: tuple[str, ...]
@@ -156,6 +158,7 @@ class Policy:
     digest: str = ""
     clusters: Mapping[str, str] = field(default_factory=dict)
     reads_request: bool = False
+    lease: float = 30.0
 
 
 def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
@@ -198,6 +201,7 @@ def decide(
     common: dict[str, Any] = {
         "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier, "subject": caller.subject,
         "required_tier": policy.tiers[min(needed)] if needed else None, "errors": (*caller.errors, *bench.errors),
+        "expires": caller.expires,
     }  # fmt: skip
     if serve == requested:
         return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, **common)

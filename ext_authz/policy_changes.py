@@ -108,7 +108,7 @@ def _expert(old: Policy, new: Policy, name: str) -> Iterator[Change]:
         yield Change(Effect.NEUTRAL, f"{path}.downgrade_to", f"{_list(was.downgrade_to)} → {_list(now.downgrade_to)}")
     if was.cluster != now.cluster:
         yield Change(Effect.NEUTRAL, f"{path}.cluster", f"{was.cluster} → {now.cluster}")
-    changed = [k for k in ("endpoints", "weight") if getattr(was, k) != getattr(now, k)]
+    changed = [k for k in ("endpoints", "weight", "lease") if getattr(was, k) != getattr(now, k)]
     changed += [f.name for f in fields(was.traffic) if getattr(was.traffic, f.name) != getattr(now.traffic, f.name)]
     if changed:
         yield Change(Effect.NEUTRAL, path, f"other {', '.join(changed)}")
@@ -179,6 +179,8 @@ def _rest(old: Policy, new: Policy) -> Iterator[Change]:
         yield Change(Effect.NEUTRAL, "forward_token", f"{old.forward_token} → {new.forward_token}".lower())
     if old.log_claims != new.log_claims:
         yield Change(Effect.NEUTRAL, "log_claims", f"{_list(old.log_claims)} → {_list(new.log_claims)}")
+    if old.lease != new.lease:
+        yield Change(Effect.NEUTRAL, "lease", f"{old.lease:g}s → {new.lease:g}s")
 
 
 def _edited(path: str, old: Sequence[str], new: Sequence[str], effect: Effect) -> Iterator[Change]:

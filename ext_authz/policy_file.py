@@ -168,6 +168,7 @@ class _Compiler:
             digest=self._source.digest,
             clusters=MappingProxyType({e.cluster: e.name for e in experts.values()}),
             reads_request=any(e.allow is not None and "request" in e.allow.reads for e in experts.values()),
+            lease=file.lease,
         )
 
     def _experts(self) -> Iterator[Expert]:
@@ -187,6 +188,7 @@ class _Compiler:
                 allow=self._condition(entry.allow, (*path, "allow"), VARIABLES) if entry.allow else None,
                 traffic=_traffic(entry),
                 line=self._line(path),
+                lease=entry.lease,
             )
 
     def _cluster(self, path: policy_source.Path, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:

@@ -318,6 +318,8 @@ class Expert(Form):
     """Passive ejection, or `false`."""
     slow_start: Annotated[float, _span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
     """How long a new endpoint's share of the traffic grows; 0: full at once."""
+    lease: Annotated[float | None, _span(0, 3600)] = Field(default=None, json_schema_extra=_without_default)
+    """How long Envoy may repeat a decision that names it; 0: not at all. Default: the policy's."""
 
 
 class ClearanceRule(Form):
@@ -452,6 +454,8 @@ class File(Form):
     """Whether experts get the caller's token."""
     log_claims: Annotated[list[Text], _list(0, 32)] = []
     """Claims that the audit trail shows."""
+    lease: Annotated[float, _span(0, 3600)] = _seconds(30)
+    """How long Envoy may repeat a decision without asking again; 0: not at all."""
 
 
 _ITEMS: dict[str, type[Form]] = {"issuers": Issuer, "clearance": ClearanceRule, "experts": Expert, "gate": GateRule}

@@ -2,6 +2,9 @@
 
 Make before break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or whose clusters
 Envoy refuses, changes nothing.
+
+Leases break before make: each epoch has a lease filter of its own, which reaches Envoy with the clusters. From the
+moment it is sent the old epoch grants nothing, and the new one grants only while every Envoy has its filter.
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
-from ext_authz import policy_file
+from ext_authz import leases, policy_file
 from ext_authz.check import Snapshot
 from ext_authz.clusters import cluster_resources
 from ext_authz.keys import KeyStore
@@ -22,9 +26,10 @@ from ext_authz.policy import Policy
 from ext_authz.policy_file import PolicyError
 from ext_authz.server import Epoch
 from ext_authz.watched import WatchedFile
-from ext_authz.xds import Ads, Kind
+from ext_authz.xds import Ads, Kind, Outcome, Resources
 
 ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
+GATHER = 0.05  # seconds in which changes of keys become one push
 CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
 
 log = logging.getLogger("srp.reload")
@@ -45,32 +50,68 @@ class PolicyStatus:
     warnings: tuple[str, ...]
 
 
-class Control:
-    """Keeps one policy in force. `install` is called with each new epoch."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leasing:
+    """The lease filter's text and the size of its table, on each of Envoy's worker threads."""
 
-    def __init__(self, path: Path, keys: KeyStore, ads: Ads, install: Callable[[Epoch], None]) -> None:
+    script: str
+    entries: int = leases.ENTRIES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sent:
+    """What Envoy was last sent: clusters for one policy, and the lease filter `lease` of `version` for another."""
+
+    clusters: Policy
+    policy: Policy
+    lease: str
+    version: str
+
+
+class Control:
+    """Keeps one policy in force. `install` is called with each new epoch. `leasing` None: no leases."""
+
+    def __init__(
+        self,
+        path: Path,
+        keys: KeyStore,
+        ads: Ads,
+        install: Callable[[Epoch], None],
+        leasing: Leasing | None = None,
+    ) -> None:
         self._file = WatchedFile(path)
         self._keys = keys
         self._ads = ads
         self._install = install
+        self._leasing = leasing
         self._policy: Policy | None = None
         self._epoch = 0
+        self._active: Epoch | None = None
+        self._sent: _Sent | None = None
         self._since = 0.0
         self._reloads = self._failures = 0
         self._error: str | None = None
         self._warnings: tuple[str, ...] = ()
         self._lock = asyncio.Lock()
         self._drain: asyncio.Task[None] | None = None
-        keys.on_change = self._renew
+        self._pushing: asyncio.Task[None] | None = None
+        keys.on_change = self._keys_changed
+        ads.on_change = self._agree
 
     @property
     def status(self) -> PolicyStatus:
         digest = self._policy.digest if self._policy else ""
         return PolicyStatus(digest, self._since, self._reloads, self._failures, self._error, self._warnings)
 
+    @property
+    def lease(self) -> str | None:
+        """The epoch that leases are granted in; None while none are."""
+        return self._active.lease if self._active is not None and self._active.grants else None
+
     async def start(self) -> None:
         """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
-        await self._adopt(await self._parse(await self._file.read() or b""))
+        async with self._lock:
+            await self._adopt(await self._parse(await self._file.read() or b""))
 
     async def watch(self) -> None:
         """Follow the file until cancelled."""
@@ -92,9 +133,10 @@ class Control:
 
     async def close(self) -> None:
         """End what is still to come."""
-        if self._drain is not None:
-            self._drain.cancel()
-            await asyncio.gather(self._drain, return_exceptions=True)
+        for task in (self._drain, self._pushing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _parse(self, text: bytes) -> Policy:
         path = self._file.path
@@ -106,11 +148,12 @@ class Control:
         await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
         if self._drain is not None:
             self._drain.cancel()
-        outcome = await self._ads.publish(cluster_resources(_both(old, policy)), timeout=ACK_TIMEOUT)
+        lease = _new_lease()
+        outcome = await self._publish(_both(old, policy), policy, lease)
         if outcome.kind is Kind.NACKED:
             if old is not None:
                 await self._keys.follow(old.issuers.values())
-                await self._ads.publish(cluster_resources(old), timeout=ACK_TIMEOUT)
+                await self._publish(old, old, self._active.lease if self._active else _new_lease())
             self._refuse(f"envoy refused the policy's clusters: {outcome.message}")
             return False
         self._policy, self._error, self._since = policy, None, time.time()
@@ -120,7 +163,7 @@ class Control:
             self._warnings += tuple(policy_file.dropped(old, policy))
             if set(old.experts) - set(policy.experts):
                 self._drain = asyncio.create_task(self._drop_clusters(policy))
-        self._renew()
+        self._renew(lease)
         await self._keys.follow(policy.issuers.values())
         log.info("policy %s is in force (%s)", policy.digest, outcome.message or outcome.kind.value)
         for warning in self._warnings:
@@ -129,16 +172,62 @@ class Control:
 
     async def _drop_clusters(self, policy: Policy) -> None:
         await asyncio.sleep(CLUSTER_DRAIN)
-        outcome = await self._ads.publish(cluster_resources(policy), timeout=ACK_TIMEOUT)
+        async with self._lock:
+            # A new filter, too, would be one more epoch: what Envoy has of it stays.
+            outcome = await self._publish(policy, policy, self._sent.lease if self._sent else _new_lease())
         if outcome.kind is Kind.NACKED:
             self._error = f"envoy refused to drop clusters: {outcome.message}"
             log.error("%s", self._error)
 
-    def _renew(self) -> None:
-        """A new epoch: the policy in force with the keys of now."""
+    async def _publish(self, clusters: Policy, policy: Policy, lease: str) -> Outcome:
+        """Send Envoy the clusters of one policy and the lease filter of another, and wait for its answer."""
+        script, entries = (self._leasing.script, self._leasing.entries) if self._leasing else (None, 0)
+        lease_filter = leases.filter_resource(script, policy, lease, entries)
+        resources = Resources.of({**cluster_resources(clusters).types, leases.TYPE_EXTENSION: (lease_filter,)})
+        self._sent = _Sent(clusters, policy, lease, resources.versions[leases.TYPE_EXTENSION])
+        self._agree()
+        return await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+
+    def _renew(self, lease: str) -> None:
+        """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""
         if self._policy is not None:
             self._epoch += 1
-            self._install(Epoch.of(Snapshot(self._policy, self._keys.keys, self._epoch)))
+            self._active = Epoch.of(Snapshot(self._policy, self._keys.keys, self._epoch), lease)
+            self._install(self._active)
+            self._agree()
+
+    def _keys_changed(self) -> None:
+        self._renew(_new_lease())
+        if self._pushing is None or self._pushing.done():
+            self._pushing = asyncio.create_task(self._push())
+
+    async def _push(self) -> None:
+        """Send Envoy the lease filter of the newest epoch, until it has it."""
+        while self._behind():
+            await asyncio.sleep(GATHER)
+            async with self._lock:
+                if self._behind() and self._active is not None and self._sent is not None:
+                    outcome = await self._publish(self._sent.clusters, self._active.snapshot.policy, self._active.lease)
+                    if outcome.kind is Kind.NACKED:
+                        log.error("envoy refused the lease filter, so there are no leases: %s", outcome.message)
+
+    def _behind(self) -> bool:
+        return self._active is not None and self._sent is not None and self._active.lease != self._sent.lease
+
+    def _agree(self) -> None:
+        """Have leases granted exactly while every Envoy with a lease filter has that of the epoch in force."""
+        active, sent = self._active, self._sent
+        if active is None or sent is None:
+            return
+        grants = (
+            self._leasing is not None
+            and leases.possible(active.snapshot.policy)
+            and active.lease == sent.lease
+            and self._ads.agreed(leases.TYPE_EXTENSION) == sent.version
+        )
+        if grants != active.grants:
+            self._active = dataclasses.replace(active, grants=grants)
+            self._install(self._active)
 
     def _refuse(self, error: str) -> None:
         self._failures += 1
@@ -146,6 +235,11 @@ class Control:
             kept = f"policy {self._policy.digest} stays in force" if self._policy else "there is no policy"
             log.error("%s; %s", error, kept)
         self._error = error
+
+
+def _new_lease() -> str:
+    """Unlike any before, in this process or another: Envoy keeps what it holds if it is sent the same text again."""
+    return secrets.token_hex(8)
 
 
 def _both(old: Policy | None, new: Policy) -> Policy:

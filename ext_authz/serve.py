@@ -17,17 +17,20 @@ import grpc
 import uvloop
 from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
 
-from ext_authz import __version__
+from ext_authz import __version__, leases
+from ext_authz.bootstrap import envoy_file
 from ext_authz.check import Snapshot
 from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.policy import Policy
-from ext_authz.reload import Control
+from ext_authz.reload import Control, Leasing
 from ext_authz.server import Authorization, Epoch, Server
 from ext_authz.settings import Settings
 from ext_authz.status import StatusListener
 from ext_authz.witness import Witness
 from ext_authz.xds import Ads
+
+SWITCH = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
 
 log = logging.getLogger("srp")
 
@@ -54,6 +57,9 @@ def run(settings: Settings) -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change in the folder
+    # At the default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go of the
+    # interpreter for a moment each round, never lets the log's writer have it.
+    sys.setswitchinterval(SWITCH)
     uvloop.run(_serve(settings))
 
 
@@ -78,7 +84,10 @@ async def _serve(settings: Settings) -> None:
             if witness is not None:
                 witness.beside(epoch.snapshot)
 
-        control = Control(settings.policy, keys, ads, install)
+        leasing = None
+        if witness is None and settings.lease_entries:  # a witness is to see every decision
+            leasing = Leasing(envoy_file(leases.SCRIPT).read_text(), settings.lease_entries)
+        control = Control(settings.policy, keys, ads, install, leasing)
         stack.push_async_callback(control.close)
         await control.start()
 
@@ -126,6 +135,7 @@ def _report(began: float, control: Control, keys: KeyStore, ads: Ads, tally: Tal
         "keys": [dataclasses.asdict(k) for k in keys.status()],
         "decisions": {f"{verdict}/{reason}": n for (verdict, reason), n in sorted(tally.decisions.items())},
         "rpc_errors": tally.rpc_errors,
+        "leases": {"on": control.lease is not None, "epoch": control.lease, "granted": tally.leases},
     }
 
 

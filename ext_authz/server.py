@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from ext_authz import wire
+from ext_authz import leases, wire
 from ext_authz.check import Snapshot, check
 from ext_authz.metrics import Tally
 from ext_authz.model import Decision, Refusal, Request, refuse
@@ -46,14 +46,16 @@ class FreshKeys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A snapshot with the writer of its answers."""
+    """A snapshot with the writer of its answers. `lease` names the epoch to Envoy; `grants`: whether leases are given."""
 
     snapshot: Snapshot
     writer: wire.Writer
+    lease: str = ""
+    grants: bool = False
 
     @staticmethod
-    def of(snapshot: Snapshot) -> Epoch:
-        return Epoch(snapshot, wire.Writer(snapshot.policy))
+    def of(snapshot: Snapshot, lease: str = "") -> Epoch:
+        return Epoch(snapshot, wire.Writer(snapshot.policy, lease), lease)
 
 
 class Authorization:
@@ -81,7 +83,12 @@ class Authorization:
                 outcome = check(epoch.snapshot, request, now)
                 if isinstance(outcome, Refusal):
                     outcome = refuse(outcome)
-            answer = epoch.writer.write(outcome, decision_id)
+            until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
+            if until is None:
+                answer = epoch.writer.write(outcome, decision_id)
+            else:
+                answer = epoch.writer.grant(outcome, decision_id, until)
+                self._tally.leases += 1
         except Exception as e:  # noqa: BLE001 - the one broad except: whatever went wrong, the answer is no
             self._failed(e)
             outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL, decision_id)

@@ -24,6 +24,7 @@ class Settings:
     decision_log_size: int = 64 * _MIB
     decision_log_keep: int = 4
     shadow_policy: Path | None = None
+    lease_entries: int = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("decision-log", None, "file to append each decision to, for `srp diff`")
     flag("decision-log-size", "64", "MiB that it grows to before it becomes FILE.1, and that FILE.2")
     flag("decision-log-keep", "4", "such older files to keep")
+    flag("lease-entries", "4096", "leases that each of Envoy's worker threads may hold, twice over; 0: no leases")
     flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
@@ -61,12 +63,13 @@ def read(args: argparse.Namespace) -> Settings:
         mistakes.append(f"--log-level: expected debug, info, warning or error, found `{args.log_level}`")
     size = _number(args.decision_log_size, "--decision-log-size", 1, 1024 * 1024, mistakes)
     keep = _number(args.decision_log_keep, "--decision-log-keep", 0, 1000, mistakes)
+    entries = _number(args.lease_entries, "--lease-entries", 0, 1_000_000, mistakes)
     decision_log, shadow = (Path(f) if f else None for f in (args.decision_log, args.shadow_policy))
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(
         Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
-        decision_log, int(size * _MIB), int(keep), shadow,
+        decision_log, int(size * _MIB), int(keep), shadow, int(entries),
     )  # fmt: skip
 
 

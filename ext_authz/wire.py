@@ -30,6 +30,7 @@ _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Cod
 _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
+_MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
@@ -59,14 +60,18 @@ def read(data: bytes) -> Request:
 class Writer:
     """Decisions of one policy to response bytes. What it makes of a decision lives as long as the decision does."""
 
-    __slots__ = ("_ids", "_policy", "_prepared", "_sentinel")
+    __slots__ = ("_granted", "_ids", "_lease", "_policy", "_prepared", "_sentinel", "_until")
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, lease: str = "") -> None:
+        """`lease` is the epoch that leases are granted in."""
         self._policy = policy
+        self._lease = lease
         # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
         self._sentinel = secrets.token_hex(8)
+        self._until = secrets.token_hex(7)[:_MILLISECONDS]  # likewise for a lease's end
         self._ids = count(secrets.randbits(64))
         self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
+        self._granted: WeakKeyDictionary[Decision, bytes] = WeakKeyDictionary()
 
     def new_id(self) -> str:
         """An id for one decision."""
@@ -81,6 +86,22 @@ class Writer:
             response = build(self._policy, decision, self._sentinel)
             parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
         return (decision_id or self.new_id()).encode().join(parts)
+
+    def grant(self, decision: Decision, decision_id: str, until: float) -> bytes:
+        """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
+        response = self._granted.get(decision)
+        if response is None:
+            made = _ok(self._policy, decision, self._sentinel)
+            lease = made.dynamic_metadata.fields["lease"].struct_value.fields
+            lease["epoch"].string_value = self._lease
+            lease["expires"].string_value = self._until
+            for option in made.ok_response.headers:
+                lease["headers"].struct_value.fields[option.header.key].string_value = option.header.value
+            response = self._granted[decision] = made.SerializeToString()
+        expires = f"{int(until * 1000):0{_MILLISECONDS}d}"  # as text: its length is the sentinel's
+        return response.replace(self._sentinel.encode(), decision_id.encode()).replace(
+            self._until.encode(), expires.encode()
+        )
 
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from ext_authz.metrics import gauge
 from ext_authz.model import Decision, Request
 from ext_authz.settings import Settings
 from ext_authz.shadow import Shadow
+
+log = logging.getLogger("srp.witness")
 
 
 class Witness:
@@ -48,6 +51,7 @@ class Witness:
             self._log.start()
         if self._shadow is not None:
             self._watching = asyncio.create_task(self._shadow.watch())
+            self._watching.add_done_callback(_ended)
 
     def beside(self, active: Snapshot) -> None:
         """`active` is in force from now on."""
@@ -91,3 +95,8 @@ class Witness:
             for outcome, n in self._log.counts.items():
                 records.add_metric([outcome], n)
             yield records
+
+
+def _ended(watching: asyncio.Task[None]) -> None:
+    if not watching.cancelled() and (error := watching.exception()):
+        log.error("the shadow policy is not followed any more: %s", type(error).__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -68,16 +68,19 @@ class Outcome:
 class Ads:
     """The ADS server's side of every stream.
 
-    `acknowledged` is the last version that all connected Envoys had; `last_error` is what an Envoy refused since.
+    `acknowledged` is the last version that all connected Envoys had. `last_error` is why an Envoy refused its
+    resources, None again when newer ones are accepted. `on_change` is called when an Envoy answers, comes or goes.
     """
 
     def __init__(self, settle: float = SETTLE) -> None:
         self._settle = settle
         self._current: Resources | None = None
+        self._restored: str | None = None  # the version put back after a refusal; its ACK is no reason to forget that
         self._streams: set[_Stream] = set()
         self._publishing = asyncio.Lock()
         self._progress = asyncio.Event()
         self._closed = False
+        self.on_change: Callable[[], None] = lambda: None
         self.acknowledged: str | None = None
         self.last_error: str | None = None
 
@@ -86,7 +89,12 @@ class Ads:
         """Envoys with an open stream."""
         return len(self._streams)
 
-    async def publish(self, resources: Resources, timeout: float = 2.0) -> Outcome:
+    def agreed(self, url: str) -> str | None:
+        """The version that all Envoys which ask for this type have acknowledged; None if there is none, or several."""
+        versions = {s.acked(url) for s in self._streams if s.asks_for(url)}
+        return versions.pop() if len(versions) == 1 else None
+
+    async def publish(self, resources: Resources, timeout: float = 2.0) -> Outcome:  # noqa: ASYNC109 - told as TIMEOUT
         """Send `resources` to the connected Envoys and wait, at most `timeout` seconds, until all of them have it.
 
         It is in force from now on, for Envoys that connect later too; but NACKED puts back in force what was before.
@@ -100,6 +108,7 @@ class Ads:
                 return Outcome(Kind.TIMEOUT, f"envoy has not answered for {timeout:g} s")
             if outcome.kind is Kind.NACKED:
                 self._current = before
+                self._restored = before.version if before else None
                 self._wake()
             elif outcome.kind is Kind.ACKED and before and before.version != resources.version:
                 # An ACK says that the main thread accepted. A new cluster takes requests after its first health
@@ -144,6 +153,7 @@ class Ads:
         finally:
             self._streams.discard(stream)
             self._progress.set()
+            self.on_change()
             log.info("an envoy disconnected, %d left", len(self._streams))
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -164,9 +174,11 @@ class Ads:
         if error is not None:
             self.last_error = error
             log.error("envoy refused its configuration: %s", error)
-        elif self._current and self._current.version != self.acknowledged:
-            if all(s.has(self._current) for s in self._streams):
-                self.acknowledged, self.last_error = self._current.version, None
+        elif self._current and all(s.has(self._current) for s in self._streams):
+            self.acknowledged = self._current.version
+            if self.acknowledged != self._restored:
+                self.last_error = self._restored = None
+        self.on_change()
 
     def _wake(self) -> None:
         for stream in self._streams:
@@ -213,6 +225,14 @@ class _Stream:
                 subscription.names, subscription.sent = names, None
         return None
 
+    def asks_for(self, url: str) -> bool:
+        return url in self._types
+
+    def acked(self, url: str) -> str | None:
+        """The version of this type that Envoy has acknowledged and that nothing newer was sent after."""
+        subscription = self._types[url]
+        return subscription.acked if subscription.acked == subscription.sent else None
+
     def due(self, resources: Resources) -> bytes | None:
         """The next response to send, serialised; None while there is nothing to send or an answer to wait for."""
         for url, subscription in self._subscribed(resources):
@@ -235,7 +255,10 @@ class _Stream:
 
     def refused(self, resources: Resources) -> str | None:
         """Why Envoy refused one of `resources`, if it did."""
-        return next((s.error for url, s in self._subscribed(resources) if s.sent == resources.versions[url] and s.error), None)
+        for url, subscription in self._subscribed(resources):
+            if subscription.error is not None and subscription.sent == resources.versions[url]:
+                return subscription.error
+        return None
 
     def _subscribed(self, resources: Resources) -> list[tuple[str, _Subscription]]:
         return [(url, self._types[url]) for url in resources.types if url in self._types]

@@ -59,7 +59,7 @@ class Loop:
 
 @dataclass(eq=False)
 class Upstream:
-    """One endpoint of an expert. A request with `x-hold` waits until `release`; `status` and `headers` are the answer."""
+    """One endpoint of an expert. `status` and `headers` are its answer; a request with `x-hold` waits for `release`."""
 
     name: str
     status: int = 200
@@ -120,7 +120,7 @@ class Answer:
 
 
 class StubAuthz:
-    """Check for tests: `x-test` holds what to answer, as JSON. `checks` are the headers of each request, as they came."""
+    """Check for tests: `x-test` holds what to answer, as JSON. `checks` are each request's headers, as they came."""
 
     def __init__(self) -> None:
         self.checks: list[list[tuple[str, str]]] = []
@@ -214,9 +214,7 @@ class Rig:
         template = change(envoy_file("envoy.yaml").read_text())
         lua = str(envoy_file(LUA))
         config = self._directory / "envoy.yaml"
-        config.write_text(
-            bootstrap(template, listen=(HOST, self.port), admin=(HOST, 0), socket=self._socket, lua=lua)
-        )
+        config.write_text(bootstrap(template, listen=(HOST, self.port), admin=(HOST, 0), socket=self._socket, lua=lua))
         address = self._directory / "admin"
         address.unlink(missing_ok=True)
         with self.log.open("ab") as out:
@@ -278,12 +276,9 @@ class Rig:
     async def healthy(self, **expected: int) -> None:
         """Until Envoy sees so many living endpoints of each cluster (`expert_a=1` means cluster expert-a)."""
 
-        async def as_expected() -> bool:
-            stats = await self.ask_admin("/stats?filter=membership_healthy")
-            return all(f"cluster.{name.replace('_', '-')}.membership_healthy: {n}\n" in stats for name, n in expected.items())
-
+        lines = {f"cluster.{name.replace('_', '-')}.membership_healthy: {n}" for name, n in expected.items()}
         deadline = time.monotonic() + 10
-        while not await as_expected():
+        while not lines <= set((await self.ask_admin("/stats?filter=membership_healthy")).splitlines()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"envoy never saw {expected}:\n{await self.ask_admin('/clusters')}")
             await asyncio.sleep(0.02)

@@ -120,6 +120,9 @@ MISTAKES = [
     (["serve"], 2, "--policy is needed"),
     (["serve", "--policy", "p", "--status", "x"], 2, "--status: expected HOST:PORT, found `x`"),
     (["serve", "--policy", "p", "--drain", "x", "--log-level", "loud"], 2, "--log-level: expected"),
+    (["serve", "--policy", "p", "--decision-log-size", "0"], 2, "--decision-log-size: expected a number from 1"),
+    (["serve", "--policy", "p", "--decision-log-keep", "x"], 2, "--decision-log-keep: expected a number from 0"),
+    (["serve", "--policy", "p", "--decision-log", "nowhere/log"], 1, "No such file or directory: nowhere/log"),
     (["serve", "--policy", "nowhere/policy.yaml"], 1, "nowhere/policy.yaml"),
 ]
 

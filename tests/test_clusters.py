@@ -18,9 +18,11 @@ from ext_authz.clusters import PAIRS, SPARE, TYPE_CLUSTER, cluster_resources
 from ext_authz.policy import Endpoint, Expert, Health, Outlier, Policy, Traffic
 from ext_authz.xds import Resources
 
+HERE = Endpoint("10.0.0.1", 80)
+
 
 def expert(name: str, *endpoints: Endpoint, **traffic: Any) -> Expert:
-    return Expert(name, 0, f"expert-{name.lower()}", endpoints or (Endpoint("10.0.0.1", 80),), traffic=Traffic(**traffic))
+    return Expert(name, 0, f"expert-{name.lower()}", endpoints or (HERE,), traffic=Traffic(**traffic))
 
 
 def resources(*experts: Expert) -> Resources:
@@ -98,7 +100,8 @@ def test_what_changes_the_clusters_changes_the_version(other: Expert) -> None:
 
 
 def test_what_does_not_concern_envoy_does_not_change_the_version() -> None:
-    other = replace(A, tier=1, weight=9, downgrade_to=("B",), line=7, traffic=Traffic(timeout=1, retries=3, retry_on="5xx"))
+    traffic = Traffic(timeout=1, retries=3, retry_on="5xx")
+    other = replace(A, tier=1, weight=9, downgrade_to=("B",), line=7, traffic=traffic)
     one, two = (cluster_resources(Policy(("low", "high"), {"A": e}, digest=d)) for e, d in ((A, "x"), (other, "y")))
     assert one == two
 

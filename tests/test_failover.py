@@ -203,7 +203,13 @@ def test_the_timeout_that_ext_authz_sets_holds(running: Rig) -> None:
 def test_an_expert_cannot_speak_for_us(running: Rig) -> None:
     async def play() -> None:
         a = running.experts["A"][0]
-        a.headers = {"x-srp-expert": "Z", "x-srp-decision": "deny", "X-SRP-Attempts": "9", "x-srp-made-up": "1", "x-own": "1"}
+        a.headers = {
+            "x-srp-expert": "Z",
+            "x-srp-decision": "deny",
+            "X-SRP-Attempts": "9",
+            "x-srp-new": "1",
+            "x-own": "1",
+        }
         answer = await running.send("expert-a")
         a.headers = {}
         ours = {k: v for k, v in answer.headers.items() if k.startswith("x-srp-")}

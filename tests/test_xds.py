@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ CLUSTERS, FILTERS = "type.googleapis.com/test.Cluster", "type.googleapis.com/tes
 ONE, TWO, THREE = (Resources.of({CLUSTERS: (text,)}) for text in (b"one", b"two", b"three"))
 BOTH, NEWER = (Resources.of({CLUSTERS: (b"c%d" % n,), FILTERS: (b"f%d" % n,)}) for n in (1, 2))
 
-# ---- an Envoy that does as it is told ----------------------------------------------------------------------------------
+# ---- an Envoy that does as it is told ----
 
 
 class FakeEnvoy:
@@ -30,24 +30,22 @@ class FakeEnvoy:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._call = channel.stream_stream(f"/{SERVICE}/StreamAggregatedResources")()
 
-    async def ask(self, url: str = CLUSTERS, *, version: str = "", nonce: str = "", names: tuple[str, ...] = ()) -> None:
-        await self._send(DiscoveryRequest(type_url=url, version_info=version, response_nonce=nonce, resource_names=[*names]))
+    async def ask(self, url: str = CLUSTERS, *, version: str = "", nonce: str = "", names: Sequence[str] = ()) -> None:
+        request = DiscoveryRequest(type_url=url, version_info=version, response_nonce=nonce, resource_names=[*names])
+        await self._call.write(bytes(request))
 
     async def read(self, seconds: float = 2) -> DiscoveryResponse:
         data = await asyncio.wait_for(self._call.read(), seconds)
         assert data is not grpc.aio.EOF
         return DiscoveryResponse.parse(data)
 
-    async def ack(self, response: DiscoveryResponse, names: tuple[str, ...] = ()) -> None:
+    async def ack(self, response: DiscoveryResponse, names: Sequence[str] = ()) -> None:
         await self.ask(response.type_url, version=response.version_info, nonce=response.nonce, names=names)
 
     async def nack(self, response: DiscoveryResponse, why: str, version: str = "") -> None:
-        await self._send(
-            DiscoveryRequest(
-                type_url=response.type_url, version_info=version, response_nonce=response.nonce,
-                error_detail=Status(code=13, message=why),
-            )
-        )  # fmt: skip
+        request = DiscoveryRequest(type_url=response.type_url, version_info=version, response_nonce=response.nonce)
+        request.error_detail = Status(code=13, message=why)
+        await self._call.write(bytes(request))
 
     async def silent(self) -> bool:
         """Whether nothing comes. The read that waits for it is left to the next response."""
@@ -60,9 +58,6 @@ class FakeEnvoy:
 
     def leave(self) -> None:
         self._call.cancel()
-
-    async def _send(self, request: DiscoveryRequest) -> None:
-        await self._call.write(bytes(request))
 
 
 Play = Callable[[Ads, Callable[[], FakeEnvoy]], Awaitable[None]]
@@ -108,7 +103,7 @@ async def acked(envoy: FakeEnvoy) -> str:
     return response.version_info
 
 
-# ---- the protocol --------------------------------------------------------------------------------------------------------
+# ---- the protocol ----
 
 
 def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> None:
@@ -281,7 +276,7 @@ def test_a_stream_that_makes_no_sense_is_ended_and_the_others_live() -> None:
     play(scene)
 
 
-# ---- a real Envoy --------------------------------------------------------------------------------------------------------
+# ---- a real Envoy ----
 
 
 @pytest.fixture
