@@ -31,6 +31,7 @@ _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
+MAX_RETRIES = 10
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
@@ -167,13 +168,19 @@ def _told(policy: Policy, decision: Decision, decision_id: str) -> dict[str, str
 
 
 def _traffic(experts: list[Expert]) -> dict[str, str]:
-    """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout."""
+    """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout.
+
+    A retry that repeats nothing (the connection failed) may go down the whole ladder, each rung of which can fail twice.
+    """
     timeouts = [e.traffic.timeout for e in experts]
     timeout = 0.0 if 0 in timeouts else max(timeouts)
     retry_5xx = all(e.traffic.retry_on == "5xx" for e in experts)
+    retries = max(e.traffic.retries for e in experts)
+    if retries and len(experts) > 1 and not retry_5xx:
+        retries = min(retries + 2 * len(experts), MAX_RETRIES)
     return {
         "x-envoy-upstream-rq-timeout-ms": str(round(timeout * 1000)),
-        "x-envoy-max-retries": str(max(e.traffic.retries for e in experts)),
+        "x-envoy-max-retries": str(retries),
         "x-envoy-retry-on": f"{_RETRY_SAFE},5xx" if retry_5xx else "",
     }
 
