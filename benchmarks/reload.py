@@ -24,9 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tokens  # noqa: E402
 from conftest import demo_policy  # noqa: E402
-from system import System, rss, system  # noqa: E402
-
 from ext_authz import policy_file  # noqa: E402
+from system import System, rss, system  # noqa: E402
 
 
 def mount(it: System, number: int, text: str) -> None:
@@ -45,8 +44,8 @@ def mount(it: System, number: int, text: str) -> None:
 async def measure(it: System, swaps: int) -> tuple[list[float], int, int]:
     """Seconds from swap to in force, for each swap; answers seen; answers that did not fit the digest they carried."""
     texts = [demo_policy(it.ports), demo_policy(it.ports).replace("C: {tier: high", "C: {tier: low")]
-    expected = {policy_file.parse(t, "policy.yaml", it.directory).digest: s for t, s in zip(texts, (403, 200), strict=True)}
-    digests = list(expected)
+    digests = [policy_file.parse(t, "policy.yaml", it.directory).digest for t in texts]
+    expected = dict(zip(digests, (403, 200), strict=True))
     mount(it, 0, texts[0])
     it.policy.unlink()
     it.policy.symlink_to("..data/policy.yaml")

@@ -55,7 +55,7 @@ class _Expert:
         self.seen = Seen()
         self._profile = profile
         self._capacity = Capacity(profile.concurrency, profile.queue)
-        self._random = Random()
+        self._random = Random()  # noqa: S311 - draws delays, not secrets
         self._served = 0
         self._failed = 0
 

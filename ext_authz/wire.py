@@ -170,7 +170,7 @@ def _told(policy: Policy, decision: Decision, decision_id: str) -> dict[str, str
 def _traffic(experts: list[Expert]) -> dict[str, str]:
     """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout.
 
-    A retry that repeats nothing (the connection failed) may go down the whole ladder, each rung of which can fail twice.
+    A retry that repeats nothing (the connection failed) may go down the whole ladder; each rung can fail twice.
     """
     timeouts = [e.traffic.timeout for e in experts]
     timeout = 0.0 if 0 in timeouts else max(timeouts)

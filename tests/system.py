@@ -192,12 +192,9 @@ def system(
             it.directory / "authz.log",
         )  # fmt: skip
         config = it.directory / "envoy.yaml"
-        config.write_text(
-            bootstrap(
-                envoy_file("envoy.yaml").read_text(),
-                listen=(HOST, it.port), admin=(HOST, it.admin), socket=str(sock), lua=str(envoy_file("least_request.lua")),
-            )
-        )  # fmt: skip
+        template, lua = envoy_file("envoy.yaml").read_text(), str(envoy_file("least_request.lua"))
+        listen, admin = (HOST, it.port), (HOST, it.admin)
+        config.write_text(bootstrap(template, listen=listen, admin=admin, socket=str(sock), lua=lua))
         it.envoy = Proc(
             [ENVOY, "-c", str(config), "--concurrency", "2", "--log-level", "warning", "--disable-hot-restart"],
             it.directory / "envoy.log",
