@@ -46,7 +46,7 @@ class FreshKeys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A snapshot with the writer of its answers. `lease` names the epoch to Envoy; `grants`: whether leases are given."""
+    """A snapshot with the writer of its answers. `lease` is its name to Envoy; `grants`: whether it gives leases."""
 
     snapshot: Snapshot
     writer: wire.Writer

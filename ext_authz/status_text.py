@@ -41,6 +41,8 @@ def text(report: dict[str, Any]) -> str:
     if policy["error"]:
         rows += [f"! {line}" for line in policy["error"].splitlines()]
     rows += [f"! {warning}" for warning in policy["warnings"]]
+    lease = report["leases"]
+    rows.append(f"leases    {'on' if lease['on'] else 'off'}, {lease['granted']} granted")
     for key in report["keys"]:
         age = "never loaded" if key["age"] is None else f"read {_age(key['age'])} ago"
         rows.append(

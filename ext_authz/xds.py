@@ -110,7 +110,7 @@ class Ads:
                 self._current = before
                 self._restored = before.version if before else None
                 self._wake()
-            elif outcome.kind is Kind.ACKED and before and before.version != resources.version:
+            elif outcome.kind is Kind.ACKED and before and _clusters(before) != _clusters(resources):
                 # An ACK says that the main thread accepted. A new cluster takes requests after its first health
                 # check, and no message tells when that is; a living expert answers it within milliseconds.
                 await asyncio.sleep(self._settle)
@@ -262,6 +262,11 @@ class _Stream:
 
     def _subscribed(self, resources: Resources) -> list[tuple[str, _Subscription]]:
         return [(url, self._types[url]) for url in resources.types if url in self._types]
+
+
+def _clusters(resources: Resources) -> str | None:
+    """The version of the first type, which is the clusters': all that takes time to be of use after its ACK."""
+    return next(iter(resources.versions.values()), None)
 
 
 def _digest(*parts: bytes) -> str:

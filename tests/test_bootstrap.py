@@ -317,9 +317,12 @@ def test_no_route_passes_without_ext_authz() -> None:
     config = yaml.safe_load(TEMPLATE)
     manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     names = [f["name"] for f in manager["http_filters"]]
-    assert names == [f"envoy.filters.http.{name}" for name in ("ext_authz", "lua", "router")]
+    assert names == ["srp.lease", *(f"envoy.filters.http.{name}" for name in ("ext_authz", "lua", "router"))]
     assert "typed_per_filter_config" not in TEMPLATE
-    assert "filter_enabled" not in TEMPLATE
+    assert "filter_enabled:" not in TEMPLATE
+    switch = manager["http_filters"][1]["typed_config"]["filter_enabled_metadata"]
+    assert switch == {"filter": "srp.lease", "path": [{"key": "hit"}], "value": {"bool_match": True}, "invert": True}
+    assert TEMPLATE.count("srp.lease") == 2  # nothing else names it, so nothing else writes there
     (host,) = manager["route_config"]["virtual_hosts"]
     assert host["domains"] == ["*"]
     for route in host["routes"]:
