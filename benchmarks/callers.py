@@ -42,12 +42,13 @@ def token(alg: str, subject: str = "caller") -> str:
     return _PYJWT.encode(json.dumps(claims).encode(), _KEYS[alg], alg, headers={"kid": alg})
 
 
-def policy(endpoint: str) -> str:
+def policy(endpoint: str, lease: str = "0s") -> str:
     """The text of a policy whose four experts all answer at `endpoint`. Needs `jwks.json` beside it. JSON is YAML."""
     expert = {"endpoints": [endpoint], "health": False}
     return json.dumps(
         {
             "version": 1,
+            "lease": lease,
             "tiers": ["low", "high"],
             "issuers": [
                 {"issuer": ISSUER, "audiences": [AUDIENCE], "algorithms": [*_KEYS], "jwks": {"file": "jwks.json"}}

@@ -6,23 +6,25 @@ so nothing remembered can outlive what it was derived from.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
 
-from cachetools import LRUCache
-
 from ext_authz import gate, identity
 from ext_authz.identity import Keys
 from ext_authz.model import Decision, Identity, Refusal, Request, refuse
-from ext_authz.policy import Policy, decide
+from ext_authz.policy import TOKEN_HEADERS, Policy, decide
+from ext_authz.recent import Recent
 
 DOWNGRADE = "x-srp-downgrade"
 CACHED_TOKENS = 16_384
 CACHED_DECISIONS = 16_384
+MAX_QUESTION = 4096  # characters of a request's path and headers, to be remembered
 
-Memo = MutableMapping[tuple[Identity, tuple[str, ...], bool], Decision]
+Question = tuple[str | None, ...]
+Tokens = Recent[bytes, Identity]
+Decisions = Recent[tuple[Identity, tuple[str, ...], bool], Decision]
+Answers = Recent[Question, Decision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,15 @@ class Snapshot:
     policy: Policy
     keys: Keys = field(default_factory=lambda: MappingProxyType({}))
     epoch: int = 0
-    tokens: MutableMapping[bytes, Identity] = field(default_factory=lambda: LRUCache(CACHED_TOKENS))
-    decisions: Memo = field(default_factory=lambda: LRUCache(CACHED_DECISIONS))
+    tokens: Tokens = field(default_factory=lambda: Recent(CACHED_TOKENS))
+    decisions: Decisions = field(default_factory=lambda: Recent(CACHED_DECISIONS))
+    answers: Answers = field(default_factory=lambda: Recent(CACHED_DECISIONS))
     anonymous: Identity | Refusal = field(init=False)
+    reads: frozenset[str] | None = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anonymous", identity.anonymous(self.policy))
+        object.__setattr__(self, "reads", headers_read(self.policy))
 
 
 def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
@@ -45,6 +50,27 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
 
     A Refusal comes back only when fresh keys of `Refusal.issuer` could change it; `refuse` makes it a decision.
     """
+    question = question_of(snapshot, request)
+    if question is not None:
+        known = snapshot.answers.get(question)
+        if known is not None and now < known.expires:
+            return known
+    made = _check(snapshot, request, now)
+    if question is not None and isinstance(made, Decision) and lasting(snapshot.policy, made):
+        rule = gate.rule_for(snapshot.policy, request.path)
+        if (rule is None or rule.pointer is None) and sum(len(t) for t in question if t) <= MAX_QUESTION:
+            snapshot.answers[question] = made
+    return made
+
+
+def question_of(snapshot: Snapshot, request: Request) -> Question | None:
+    """The exact text of all that a decision on `request` may read but for its body; None if that cannot be told."""
+    if snapshot.reads is None or request.repeated:
+        return None
+    return (request.path, *map(request.headers.get, snapshot.reads))
+
+
+def _check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
     caller = identify(snapshot, request, now)
     if isinstance(caller, Refusal):
         return caller if caller.issuer else refuse(caller)
@@ -52,15 +78,24 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
     if isinstance(names, Refusal):
         return refuse(names, snapshot.policy.tiers[caller.tier])
     downgrade = may_downgrade(request)
-    if snapshot.policy.reads_request:
-        return decide(snapshot.policy, caller, names, request, downgrade)
     key = (caller, names, downgrade)
     decision = snapshot.decisions.get(key)
     if decision is None:
         decision = decide(snapshot.policy, caller, names, request, downgrade)
-        if not decision.unknown:  # names that anybody can invent would fill the memory
+        if lasting(snapshot.policy, decision):
             snapshot.decisions[key] = decision
     return decision
+
+
+def headers_read(policy: Policy) -> frozenset[str] | None:
+    """The headers that `check` may look at under `policy`; None: any."""
+    return None if policy.reads_request else gate.headers(policy).union(TOKEN_HEADERS, (DOWNGRADE,))
+
+
+def lasting(policy: Policy, decision: Decision) -> bool:
+    """Whether the same request has the same decision until `decision.expires`, and is worth remembering."""
+    # Names that anybody can invent would fill the memory; a rule may read what no key holds.
+    return bool(decision.requested) and not decision.unknown and not policy.reads_request
 
 
 def may_downgrade(request: Request) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ext_authz import __version__, policy_file, settings, strict_json
+from ext_authz import __version__, policy_file, policy_warnings, settings, strict_json
 from ext_authz.model import Identity, Refusal, Request
 from ext_authz.policy import Policy
 
@@ -135,7 +135,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     policy = policy_file.load(args.file)
-    for warning in policy_file.warnings(policy):
+    for warning in policy_warnings.warnings(policy):
         print(f"{args.file}: warning: {warning}", file=sys.stderr)
     print(f"{args.file}: ok: {len(policy.experts)} experts, {len(policy.tiers)} tiers, digest {policy.digest}")
     return OK

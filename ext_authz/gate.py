@@ -14,6 +14,7 @@ MAX_NAME_LENGTH = 64  # bytes; a name is visible ASCII, so characters too
 MAX_DEPTH = 32  # nesting of a JSON body
 REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-target-cluster
 PARTIAL_BODY = "x-envoy-auth-partial-body"
+ENCODING = "content-encoding"
 
 _NAME = re.compile(r"[!-+\--:<-~]+", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -36,7 +37,15 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
 
 def rule_for(policy: Policy, path: str) -> GateRule | None:
     """The rule that says where requests to `path` name their experts."""
-    return next((r for r in policy.gate if r.covers(path)), None)
+    for rule in policy.gate:
+        if rule.covers(path):
+            return rule
+    return None
+
+
+def headers(policy: Policy) -> frozenset[str]:
+    """The headers that `read` may look at."""
+    return frozenset({ENCODING, PARTIAL_BODY, *(rule.header for rule in policy.gate if rule.header)})
 
 
 def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:
@@ -53,8 +62,8 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
 
 
 def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Names | Refusal:
-    encoding = request.headers.get("content-encoding", "identity")
-    if "content-encoding" in request.repeated or encoding.strip().lower() != "identity":
+    encoding = request.headers.get(ENCODING, "identity")
+    if ENCODING in request.repeated or encoding.strip().lower() != "identity":
         return _bad("the body is compressed")
     if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
         return _bad("the body is incomplete")

@@ -10,21 +10,17 @@ import asyncio
 import hashlib
 import logging
 import random
-import ssl
-import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 from math import inf
-from pathlib import Path
 from types import MappingProxyType
 
 import aiohttp
-from yarl import URL
 
-from ext_authz.jwk import MAX_BYTES, Key, parse_jwks, secret_key
+from ext_authz.jwk import Key, parse_jwks, secret_key
+from ext_authz.key_source import SourceError, fetch, read_file, session_for, shown
 from ext_authz.policy import Issuer, JwksSource
 
 log = logging.getLogger("srp.keys")
@@ -148,7 +144,7 @@ class KeyStore:
         if old is not None and old.serves(issuer):
             return old
         if self._session is None:
-            self._session = _session(self._pace.fetch_timeout)
+            self._session = session_for(self._pace.fetch_timeout)
         return _Followed(issuer, self._session, self._publish, self._clock, self._pace, old)
 
     def _publish(self) -> None:
@@ -189,7 +185,7 @@ class _Followed:
         self._session, self._changed, self._clock, self._pace = session, changed, clock, pace
         self._name, self._secret_file, self._jwks = issuer.issuer, issuer.secret_file, issuer.jwks or JwksSource()
         self._interval = self._jwks.refresh if self._jwks.url is not None else pace.file_interval
-        self._place = self._secret_file or self._jwks.file or _shown(self._jwks.url or "")
+        self._place = self._secret_file or self._jwks.file or shown(self._jwks.url or "")
         self._record: _Record = old._record if old is not None and old._origin == self._origin else _Record()
         self._background: asyncio.Task[None] | None = None
         self._attempt: asyncio.Task[None] | None = None
@@ -256,7 +252,7 @@ class _Followed:
             data = await self._read()
             digest = hashlib.sha256(data).digest()
             fresh = None if digest == self._record.digest else await asyncio.to_thread(self._parse, data)
-        except _SourceError as e:
+        except SourceError as e:
             self._failed(str(e))
         except Exception as e:  # noqa: BLE001 - the next attempt must come; the text may hold what was read
             self._failed(type(e).__name__)
@@ -267,14 +263,14 @@ class _Followed:
 
     async def _read(self) -> bytes:
         if self._jwks.url is not None and self._secret_file is None:
-            return await _fetch(self._session, self._jwks, self._jwks.url)
-        return await asyncio.to_thread(_read_file, self._place)
+            return await fetch(self._session, self._jwks, self._jwks.url)
+        return await asyncio.to_thread(read_file, self._place)
 
     def _parse(self, data: bytes) -> tuple[Key, ...]:
         try:
             return parse_jwks(data) if self._secret_file is None else (secret_key(data),)
         except ValueError as e:
-            raise _SourceError(str(e)) from None
+            raise SourceError(str(e)) from None
 
     def _succeeded(self, fresh: tuple[Key, ...] | None, digest: bytes) -> None:
         """`fresh` are the keys of a source that changed, None if it reads as it did."""
@@ -301,110 +297,3 @@ class _Followed:
 
 async def _stop(followed: Iterable[_Followed]) -> None:
     await asyncio.gather(*(task for f in followed for task in f.cancel()), return_exceptions=True)
-
-
-class _SourceError(Exception):
-    """A source gave no keys. Its text goes to logs and `/status`: never a byte of what was read."""
-
-
-def jwks_url(text: str) -> URL:
-    """The URL that keys may be fetched from: https, or http to this host's loopback. ValueError says what is wrong."""
-    try:
-        url = URL(text)
-    except ValueError:
-        raise ValueError("is not a URL") from None
-    if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.host)):
-        raise ValueError("expected https (http only to loopback)")
-    if url.host is None or url.user is not None or url.password is not None or url.fragment:
-        raise ValueError("expected a host, and neither user, password nor fragment")
-    return url
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def _shown(url: str) -> str:
-    """The URL for people: without user or query, which may hold a secret."""
-    try:
-        return str(URL(url).with_user(None).with_query(None).with_fragment(None))
-    except ValueError:
-        return "the JWKS URL"
-
-
-def _session(timeout: float) -> aiohttp.ClientSession:
-    """No cookies, no proxy from the environment, a new connection (and name look-up) each time."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
-        timeout=aiohttp.ClientTimeout(total=timeout),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-        auto_decompress=False,
-    )
-
-
-async def _fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -> bytes:
-    """The body at the URL: status 200, at most MAX_BYTES, no redirect, no compression to blow up."""
-    try:
-        url = jwks_url(text)
-    except ValueError as e:
-        raise _SourceError(str(e)) from None
-    headers = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
-    if source.bearer_token_file is not None:
-        headers["Authorization"] = f"Bearer {await asyncio.to_thread(_bearer_token, source.bearer_token_file)}"
-    trust = True if source.ca_file is None else await asyncio.to_thread(_trust, source.ca_file)
-    try:
-        async with session.get(url, headers=headers, ssl=trust, allow_redirects=False) as response:
-            if response.status != 200:
-                raise _SourceError(f"expected status 200, found {response.status}")
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise _SourceError("sent a compressed body though none was asked for")
-            body = bytearray()
-            async for chunk in response.content.iter_chunked(16 * 1024):
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise _SourceError(f"holds over {MAX_BYTES} bytes")
-            return bytes(body)
-    except TimeoutError:
-        raise _SourceError("no complete answer in time") from None
-    except aiohttp.ClientConnectorError as e:
-        raise _SourceError(f"cannot connect: {e.os_error}") from None
-    except aiohttp.ClientError as e:
-        raise _SourceError(f"the exchange failed: {type(e).__name__}") from None
-
-
-def _trust(ca_file: str) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as e:
-        raise _SourceError(f"cannot read CA certificates from {ca_file}: {e.strerror or e}") from None
-
-
-def _bearer_token(file: str) -> str:
-    try:
-        token = _read_file(file).decode("ascii").strip()
-    except (_SourceError, UnicodeDecodeError):
-        token = ""
-    if not token or not all("!" <= c <= "~" for c in token):
-        raise _SourceError(f"found no bearer token in {file}")
-    return token
-
-
-def _read_file(path: str) -> bytes:
-    file = Path(path)
-    try:
-        # A FIFO would hold its thread for ever.
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise _SourceError("is not a regular file")
-        with file.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise _SourceError(e.strerror or type(e).__name__) from None
-    if len(data) > MAX_BYTES:
-        raise _SourceError(f"holds over {MAX_BYTES} bytes")
-    return data

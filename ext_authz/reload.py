@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
-from ext_authz import leases, policy_file
+from ext_authz import leases, policy_file, policy_warnings
 from ext_authz.check import Snapshot
 from ext_authz.clusters import cluster_resources
 from ext_authz.keys import KeyStore
@@ -30,6 +30,7 @@ from ext_authz.xds import Ads, Kind, Outcome, Resources
 
 ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
 GATHER = 0.05  # seconds in which changes of keys become one push
+WORKERS = 0.02  # seconds in which Envoy's worker threads follow the main thread, which is the one that answers
 CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
 
 log = logging.getLogger("srp.reload")
@@ -158,9 +159,9 @@ class Control:
             return False
         self._policy, self._error, self._since = policy, None, time.time()
         self._reloads += old is not None
-        self._warnings = tuple(policy_file.warnings(policy))
+        self._warnings = tuple(policy_warnings.warnings(policy))
         if old is not None:
-            self._warnings += tuple(policy_file.dropped(old, policy))
+            self._warnings += tuple(policy_warnings.dropped(old, policy))
             if set(old.experts) - set(policy.experts):
                 self._drain = asyncio.create_task(self._drop_clusters(policy))
         self._renew(lease)
@@ -185,8 +186,12 @@ class Control:
         lease_filter = leases.filter_resource(script, policy, lease, entries)
         resources = Resources.of({**cluster_resources(clusters).types, leases.TYPE_EXTENSION: (lease_filter,)})
         self._sent = _Sent(clusters, policy, lease, resources.versions[leases.TYPE_EXTENSION])
+        held = self._ads.agreed(leases.TYPE_EXTENSION)
         self._agree()
-        return await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+        outcome = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+        if outcome.kind is Kind.ACKED and held not in (None, self._sent.version):
+            await asyncio.sleep(WORKERS)
+        return outcome
 
     def _renew(self, lease: str) -> None:
         """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""

@@ -84,10 +84,7 @@ async def _serve(settings: Settings) -> None:
             if witness is not None:
                 witness.beside(epoch.snapshot)
 
-        leasing = None
-        if witness is None and settings.lease_entries:  # a witness is to see every decision
-            leasing = Leasing(envoy_file(leases.SCRIPT).read_text(), settings.lease_entries)
-        control = Control(settings.policy, keys, ads, install, leasing)
+        control = Control(settings.policy, keys, ads, install, leasing(settings, witness))
         stack.push_async_callback(control.close)
         await control.start()
 
@@ -121,6 +118,13 @@ async def _serve(settings: Settings) -> None:
                 task.cancel()
             await asyncio.gather(watching, stopped, return_exceptions=True)
         log.info("draining for up to %g s", settings.drain)
+
+
+def leasing(settings: Settings, witness: Witness | None) -> Leasing | None:
+    """How leases are held, None if they are not: a witness is to see every decision."""
+    if witness is not None or not settings.lease_entries:
+        return None
+    return Leasing(envoy_file(leases.SCRIPT).read_text(), settings.lease_entries)
 
 
 def _report(began: float, control: Control, keys: KeyStore, ads: Ads, tally: Tally) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Authorization:
         epoch, now, request = self.epoch, self._clock(), _UNREAD
         decision_id = epoch.writer.new_id()
         try:
-            request = wire.read(data)
+            request = wire.read(data, epoch.snapshot.reads)
             outcome = check(epoch.snapshot, request, now)
             if isinstance(outcome, Refusal):
                 await self._fresh(outcome.issuer or "")

@@ -25,6 +25,7 @@ from ext_authz.twin import twins
 _TWINS = twins(CheckRequest, CheckResponse)
 _CheckRequest: Any = _TWINS[CheckRequest]
 _CheckResponse: Any = _TWINS[CheckResponse]
+_parse = _CheckRequest.FromString
 
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
 _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
@@ -32,30 +33,33 @@ _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() lea
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
 MAX_RETRIES = 10
+_NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
-def read(data: bytes) -> Request:
-    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
+def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
+    """The HTTP request inside a serialised CheckRequest, with its `wanted` headers or all. ValueError if it is none.
 
     Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
     """
     try:
-        http = _CheckRequest.FromString(data).attributes.request.http
+        http = _parse(data).attributes.request.http
     except DecodeError:
         raise ValueError("not a CheckRequest") from None
-    if http.headers:
+    raw = http.header_map.headers
+    if not raw and http.headers:
         raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
     headers: dict[str, str] = {}
     repeated: list[str] = []
-    for header in http.header_map.headers:
+    for header in raw:
         name = header.key
-        if name in headers:
-            repeated.append(name)
-        else:
-            headers[name] = header.raw_value.decode("latin-1")
+        if wanted is None or name in wanted:
+            if name in headers:
+                repeated.append(name)
+            else:
+                headers[name] = header.raw_value.decode("latin-1")
     path = http.path.partition("?")[0]
-    return Request(http.method, path, headers, http.raw_body or http.body.encode(), frozenset(repeated))
+    return Request(http.method, path, headers, http.raw_body or http.body.encode(), frozenset(repeated) if repeated else _NONE)
 
 
 class Writer:

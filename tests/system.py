@@ -163,6 +163,7 @@ def system(
     *,
     expert_flags: Mapping[str, Sequence[str]] | None = None,
     serve_flags: Sequence[str] = (),
+    workers: int = 2,
 ) -> Iterator[System]:
     """A running system. `policy` makes the policy's text from the ports of each expert's replicas."""
     with tempfile.TemporaryDirectory(prefix="srp-") as made:
@@ -196,9 +197,12 @@ def system(
         listen, admin = (HOST, it.port), (HOST, it.admin)
         config.write_text(bootstrap(template, listen=listen, admin=admin, socket=str(sock), lua=lua))
         it.envoy = Proc(
-            [ENVOY, "-c", str(config), "--concurrency", "2", "--log-level", "warning", "--disable-hot-restart"],
+            [
+                ENVOY, "-c", str(config), "--concurrency", str(workers), "--log-level", "warning",
+                "--disable-hot-restart",
+            ],
             it.directory / "envoy.log",
-        )
+        )  # fmt: skip
         children = [*(p for group in it.experts.values() for p in group), it.authz, it.envoy]
         try:
             for child in children:

@@ -28,7 +28,8 @@ from jwt.algorithms import ECAlgorithm
 
 import tokens
 from ext_authz.jwk import MAX_BYTES
-from ext_authz.keys import KeyStatus, KeyStore, Pace, jwks_url
+from ext_authz.key_source import jwks_url
+from ext_authz.keys import KeyStatus, KeyStore, Pace
 from ext_authz.policy import Issuer, JwksSource
 
 OLD, NEW = tokens.jwks("ES256", name="old"), tokens.jwks("ES256", name="new")

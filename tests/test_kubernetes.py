@@ -15,7 +15,7 @@ import yaml
 from kubernetes_validate import utils as kubernetes_schemas
 
 from experts.__main__ import DRAIN_SECONDS
-from ext_authz import policy_file, settings
+from ext_authz import policy_file, policy_warnings, settings
 from ext_authz.demo import POLICY
 from ext_authz.demo_keys import AUDIENCE, ISSUER, DemoKeys
 from ext_authz.policy import Policy
@@ -309,7 +309,7 @@ def test_every_policy_is_accepted_without_a_warning(name: str, tmp_path: Path) -
     expected = (
         [] if name != "monitoring" else ["line 8: experts.C: nobody can reach it: no caller gets a tier above `low`"]
     )
-    assert policy_file.warnings(loaded(name, tmp_path)) == expected
+    assert policy_warnings.warnings(loaded(name, tmp_path)) == expected
 
 
 @pytest.mark.parametrize("name", ["kind", "minikube", "dev"])

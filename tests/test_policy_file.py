@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ext_authz import policy_schema, policy_source
 from ext_authz.policy import Endpoint, GateRule, Health, JwksSource, Outlier, Policy, Traffic
-from ext_authz.policy_file import PolicyError, dropped, json_schema, load, parse, warnings
+from ext_authz.policy_file import PolicyError, json_schema, load, parse
+from ext_authz.policy_warnings import dropped, warnings
 from policies import DEMO, SMALL, policy, text, write_keys
 
 FIXTURES = Path(__file__).parent / "broken_policies"
