@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import callers
 import parts
+
 from ext_authz import policy_file, wire
 from ext_authz.model import Identity, Request
 from ext_authz.policy import decide
@@ -57,6 +58,7 @@ def many() -> list[bytes]:
 VARIANTS = (
     Variant("none", "no filter", None, hot),
     Variant("native", "Envoy's jwt_authn + RBAC", None, hot),
+    Variant("lease", "lease hit", "leased", hot),
     Variant("floor", "empty gRPC server", "floor", hot),
     Variant("hot", "one token, header gate", "srp", hot),
     Variant("callers", "10,000 callers", "srp", many),
@@ -79,6 +81,7 @@ class Bench:
     def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack) -> None:
         self.directory = directory
         self.starts: dict[str, int] = {}
+        self.different: dict[str, int] = {}
         self.servers: dict[str, parts.Process] = {}
         self.envoys: dict[str, parts.Process] = {}
         upstream, *ports = parts.free_ports(1 + len(variants))
@@ -103,14 +106,22 @@ class Bench:
         n = found["requests"]
         self.starts[variant.name] = start + int(n)
         unexpected = n - found["refused"] if variant.refused else found["refused"]
-        if unexpected or found["broken"] or not n:
-            raise RuntimeError(f"{variant.name}: {unexpected:.0f} unexpected answers, {found['broken']:.0f} broken, of {n:.0f}")
+        if unexpected + found["broken"] > n / 100 or not n:
+            raise RuntimeError(
+                f"{variant.name}: {unexpected:.0f} wrong answers and {found['broken']:.0f} none, of {n:.0f}"
+            )
         return {
             **found,
+            "failed": unexpected + found["broken"],
             "rps": n / found["seconds"],
             "cpu_us": (after[1] - before[1]) / n * 1e6,
             "envoy_us": (after[0] - before[0]) / n * 1e6,
         }
+
+    def warm(self, variant: Variant) -> None:
+        """Send every request once: what can be remembered is remembered now."""
+        while self.starts.get(variant.name, 0) < self.different[variant.name]:
+            self.run(variant, 32, 1)
 
     def _own(self, process: parts.Process) -> parts.Process:
         self._stack.callback(process.stop)
@@ -119,16 +130,18 @@ class Bench:
     def _write_policy(self, upstream: int) -> None:
         (self.directory / "jwks.json").write_text(json.dumps(callers.jwks()))
         (self.directory / "policy.yaml").write_text(callers.policy(f"{parts.HOST}:{upstream}"))
+        (self.directory / "leased.yaml").write_text(callers.policy(f"{parts.HOST}:{upstream}", lease="30s"))
 
     def _server(self, name: str) -> parts.Process:
         if name == "floor":
             return parts.floor(self.directory, self._answer())
         flags: dict[str, tuple[str | Path, ...]] = {
-            "forgetful": ("--cached-tokens", str(SMALL_CACHE)),
+            "forgetful": ("--cached-tokens", str(SMALL_CACHE), "--cached-decisions", str(SMALL_CACHE)),
             "shadow": ("--shadow-policy", self.directory / "policy.yaml"),
             "log": ("--decision-log", self.directory / "decisions.log"),
         }
-        return parts.serve(self.directory, name, *flags.get(name, ()))
+        policy = "leased.yaml" if name == "leased" else "policy.yaml"
+        return parts.serve(self.directory, name, *flags.get(name, ()), policy=policy)
 
     def _answer(self) -> bytes:
         """What SRP answers to the hot token."""
@@ -138,10 +151,13 @@ class Bench:
         return wire.Writer(policy).write(decide(policy, caller, ("A", "B"), Request("GET", "/", {})))
 
     def _start_envoy(self, v: Variant) -> None:
-        (self.directory / f"{v.name}.requests").write_bytes(b"".join(r + b"\0" for r in v.requests()))
+        requests = v.requests()
+        self.different[v.name] = len(requests)
+        (self.directory / f"{v.name}.requests").write_bytes(b"".join(r + b"\0" for r in requests))
         filters = None if v.server else parts.native() if v.name == "native" else []
+        control = "leased" if v.server == "leased" else "srp"
         self.envoys[v.name] = self._own(
-            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters)
+            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters, control)
         )
 
 
@@ -151,7 +167,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
     parser.add_argument("--quick", action="store_true", help="two rounds of a second: a look, not a measurement")
     parser.add_argument("--only", metavar="NAMES", help=f"some of the variants: {','.join(v.name for v in VARIANTS)}")
-    parser.add_argument("--connections", metavar="N,N", default=",".join(map(str, CONNECTIONS)), help="default: 1,32,256")
+    parser.add_argument(
+        "--connections", metavar="N,N", default=",".join(map(str, CONNECTIONS)), help="default: 1,32,256"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.png too")
     args = parser.parse_args()
     rounds, seconds = (2, 1) if args.quick else (args.rounds, args.seconds)
@@ -165,7 +183,7 @@ def main() -> int:
         print("minting tokens and starting servers ...", file=sys.stderr)
         bench = Bench(variants, Path(directory), stack)
         for v in variants:
-            bench.run(v, 32, 6 if v.name == "callers" else 1)  # every cache that will be warm is warm now
+            bench.warm(v)
         for i in range(rounds):
             for c in connections:
                 for v in variants:
@@ -196,7 +214,9 @@ def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connect
         end = "| | | |"
         if v.server:
             end = f"| {cpu:.0f} "
-            end += f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |" if ratios else "| | |"
+            end += (
+                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |" if ratios else "| | |"
+            )
         lines.append(f"| {v.what} | {rps:,.0f} | {p50:.2f} | {p99:.2f} | {envoy:.0f} {end}")
     return "\n".join(lines)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from callers import AUDIENCE, ISSUER, jwks
+
 from ext_authz.bootstrap import bootstrap, envoy_file
 
 HOST = "127.0.0.1"
@@ -36,7 +36,11 @@ class Process:
         self.log = directory / f"{name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd=HERE.parent
+                list(map(str, command)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=HERE.parent,
             )
         self.pid = self._process.pid
 
@@ -72,11 +76,13 @@ def rss(pid: int | str = "self") -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def serve(directory: Path, name: str, *flags: str | Path) -> Process:
-    """`srp serve` with the policy in `directory`, on the socket `directory/name`."""
+def serve(directory: Path, name: str, *flags: str | Path, policy: str = "policy.yaml") -> Process:
+    """`srp serve` with a policy in `directory`, on the socket `directory/name`."""
     socket_path = directory / name
-    command = [sys.executable, "-m", "ext_authz", "serve", "--policy", directory / "policy.yaml"]
-    process = Process([*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp")
+    command = [sys.executable, "-m", "ext_authz", "serve", "--policy", directory / policy]
+    process = Process(
+        [*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp"
+    )
     process.wait_for(socket_path.exists)
     return process
 
@@ -108,11 +114,13 @@ def upstream(directory: Path, port: int) -> Process:
     return _envoy(directory, "upstream", {"static_resources": {"listeners": [listener]}}, port)
 
 
-def envoy(directory: Path, name: str, port: int, authz: str, filters: Sequence[Json] | None = None) -> Process:
+def envoy(
+    directory: Path, name: str, port: int, authz: str, filters: Sequence[Json] | None = None, control: str = "srp"
+) -> Process:
     """Envoy with the project's own configuration, asking the server on the socket `directory/authz`.
 
-    The experts' clusters come from the server on `directory/srp` in every variant. With `filters`, these stand in the
-    place of ext_authz, and every request is for `TARGETS`.
+    The experts' clusters and the lease filter come from the server on `directory/control`. With `filters`, these stand
+    in the place of that filter and of ext_authz, and every request is for `TARGETS`.
     """
     config = yaml.safe_load(
         bootstrap(
@@ -121,15 +129,15 @@ def envoy(directory: Path, name: str, port: int, authz: str, filters: Sequence[J
         )
     )  # fmt: skip
     clusters = config["static_resources"]["clusters"]
-    control = copy.deepcopy(clusters[0])
-    control["name"] = control["load_assignment"]["cluster_name"] = "control"
-    endpoint = control["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-    endpoint["address"] = {"pipe": {"path": str(directory / "srp")}}
-    clusters.append(control)
+    server = copy.deepcopy(clusters[0])
+    server["name"] = server["load_assignment"]["cluster_name"] = "control"
+    endpoint = server["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    endpoint["address"] = {"pipe": {"path": str(directory / control)}}
+    clusters.append(server)
     config["dynamic_resources"]["ads_config"]["grpc_services"][0]["envoy_grpc"]["cluster_name"] = "control"
     if filters is not None:
         manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-        manager["http_filters"][:1] = filters
+        manager["http_filters"][:2] = filters
         mutations = manager["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
         mutations.append(
             {"append": {"header": {"key": "x-target-cluster", "value": TARGETS}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
@@ -145,7 +153,10 @@ def native() -> list[Json]:
         "local_jwks": {"inline_string": json.dumps(jwks())},
         "payload_in_metadata": "claims",
     }
-    authn = {"providers": {"idp": provider}, "rules": [{"match": {"prefix": "/"}, "requires": {"provider_name": "idp"}}]}
+    authn = {
+        "providers": {"idp": provider},
+        "rules": [{"match": {"prefix": "/"}, "requires": {"provider_name": "idp"}}],
+    }
     premium = {
         "filter": "envoy.filters.http.jwt_authn",
         "path": [{"key": "claims"}, {"key": "plan"}],

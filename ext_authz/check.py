@@ -6,6 +6,7 @@ so nothing remembered can outlive what it was derived from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
@@ -14,11 +15,12 @@ from ext_authz import gate, identity
 from ext_authz.identity import Keys
 from ext_authz.model import Decision, Identity, Refusal, Request, refuse
 from ext_authz.policy import TOKEN_HEADERS, Policy, decide
-from ext_authz.recent import Recent
+from ext_authz.recent import Recent, Uses
 
 DOWNGRADE = "x-srp-downgrade"
 CACHED_TOKENS = 16_384
 CACHED_DECISIONS = 16_384
+MEMORIES = ("tokens", "decisions", "answers")  # of a Snapshot
 MAX_QUESTION = 4096  # characters of a request's path and headers, to be remembered
 
 Question = tuple[str | None, ...]
@@ -43,6 +45,21 @@ class Snapshot:
     def __post_init__(self) -> None:
         object.__setattr__(self, "anonymous", identity.anonymous(self.policy))
         object.__setattr__(self, "reads", headers_read(self.policy))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What each epoch may remember: so many verified `tokens`, and decisions by either key; and how that was used."""
+
+    tokens: int = CACHED_TOKENS
+    decisions: int = CACHED_DECISIONS
+    uses: Mapping[str, Uses] = field(default_factory=lambda: {name: Uses() for name in MEMORIES})
+
+    def snapshot(self, policy: Policy, keys: Keys, epoch: int) -> Snapshot:
+        """A new epoch's, with nothing in it."""
+        tokens = Recent[bytes, Identity](self.tokens, self.uses["tokens"])
+        decisions: Decisions = Recent(self.decisions, self.uses["decisions"])
+        return Snapshot(policy, keys, epoch, tokens, decisions, Recent(self.decisions, self.uses["answers"]))
 
 
 def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:

@@ -44,8 +44,8 @@ def rule_for(policy: Policy, path: str) -> GateRule | None:
 
 
 def headers(policy: Policy) -> frozenset[str]:
-    """The headers that `read` may look at."""
-    return frozenset({ENCODING, PARTIAL_BODY, *(rule.header for rule in policy.gate if rule.header)})
+    """The headers that `read` may look at, and the one that leases go by."""
+    return frozenset({ENCODING, PARTIAL_BODY, REQUESTED_CLUSTER, *(rule.header for rule in policy.gate if rule.header)})
 
 
 def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ext_authz import leases, policy_file, policy_warnings
-from ext_authz.check import Snapshot
+from ext_authz.check import Memory
 from ext_authz.clusters import cluster_resources
 from ext_authz.keys import KeyStore
 from ext_authz.policy import Policy
@@ -79,12 +79,14 @@ class Control:
         ads: Ads,
         install: Callable[[Epoch], None],
         leasing: Leasing | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._file = WatchedFile(path)
         self._keys = keys
         self._ads = ads
         self._install = install
         self._leasing = leasing
+        self._memory = memory or Memory()
         self._policy: Policy | None = None
         self._epoch = 0
         self._active: Epoch | None = None
@@ -197,7 +199,7 @@ class Control:
         """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""
         if self._policy is not None:
             self._epoch += 1
-            self._active = Epoch.of(Snapshot(self._policy, self._keys.keys, self._epoch), lease)
+            self._active = Epoch.of(self._memory.snapshot(self._policy, self._keys.keys, self._epoch), lease)
             self._install(self._active)
             self._agree()
 

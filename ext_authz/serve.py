@@ -15,11 +15,11 @@ from typing import Any
 
 import grpc
 import uvloop
-from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from ext_authz import __version__, leases
 from ext_authz.bootstrap import envoy_file
-from ext_authz.check import Snapshot
+from ext_authz.check import MEMORIES, Memory, Snapshot
 from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.policy import Policy
@@ -84,7 +84,8 @@ async def _serve(settings: Settings) -> None:
             if witness is not None:
                 witness.beside(epoch.snapshot)
 
-        control = Control(settings.policy, keys, ads, install, leasing(settings, witness))
+        memory = Memory(settings.cached_tokens, settings.cached_decisions)
+        control = Control(settings.policy, keys, ads, install, leasing(settings, witness), memory)
         stack.push_async_callback(control.close)
         await control.start()
 
@@ -92,7 +93,8 @@ async def _serve(settings: Settings) -> None:
             return _report(began, control, keys, ads, tally) | (witness.report() if witness else {})
 
         def families() -> Iterator[Metric]:
-            return _families(control, keys, ads)
+            yield from _families(control, keys, ads)
+            yield from _memory_families(memory, authorization.epoch.snapshot)
 
         if settings.status is not None:
             sources = (tally.families, families, *((witness.families,) if witness else ()))
@@ -158,3 +160,17 @@ def _families(control: Control, keys: KeyStore, ads: Ads) -> Iterator[Metric]:
         failures.add_metric([key.issuer], key.failures)
     yield fetches
     yield failures
+
+
+def _memory_families(memory: Memory, snapshot: Snapshot) -> Iterator[Metric]:
+    entries = GaugeMetricFamily("srp_cache_entries", "What the epoch in force remembers.", labels=["cache"])
+    hits = CounterMetricFamily("srp_cache_hits", "Found in the cache.", labels=["cache"])
+    misses = CounterMetricFamily("srp_cache_misses", "Not found in the cache.", labels=["cache"])
+    evictions = CounterMetricFamily("srp_cache_evictions", "Forgotten because the cache was full.", labels=["cache"])
+    for name in MEMORIES:
+        uses = memory.uses[name]
+        entries.add_metric([name], len(getattr(snapshot, name)))
+        hits.add_metric([name], uses.hits)
+        misses.add_metric([name], uses.misses)
+        evictions.add_metric([name], uses.evictions)
+    yield from (entries, hits, misses, evictions)

@@ -75,11 +75,12 @@ class Authorization:
         epoch, now, request = self.epoch, self._clock(), _UNREAD
         decision_id = epoch.writer.new_id()
         try:
-            request = wire.read(data, epoch.snapshot.reads)
+            request = wire.read(data, self._wanted(epoch))
             outcome = check(epoch.snapshot, request, now)
             if isinstance(outcome, Refusal):
                 await self._fresh(outcome.issuer or "")
                 epoch, now = self.epoch, self._clock()
+                request = wire.read(data, self._wanted(epoch))
                 outcome = check(epoch.snapshot, request, now)
                 if isinstance(outcome, Refusal):
                     outcome = refuse(outcome)
@@ -96,6 +97,10 @@ class Authorization:
         if self.witness is not None:
             asyncio.get_running_loop().call_soon(self.witness, epoch.snapshot, request, outcome, decision_id, now)
         return answer
+
+    def _wanted(self, epoch: Epoch) -> frozenset[str] | None:
+        """The headers to read; None: all, for a witness may read what the policy in force does not."""
+        return epoch.snapshot.reads if self.witness is None else None
 
     async def _fresh(self, issuer: str) -> None:
         with contextlib.suppress(TimeoutError):

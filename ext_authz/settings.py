@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ext_authz.check import CACHED_DECISIONS, CACHED_TOKENS
+
 _MIB = 1024 * 1024
 
 
@@ -25,6 +27,8 @@ class Settings:
     decision_log_keep: int = 4
     shadow_policy: Path | None = None
     lease_entries: int = 4096
+    cached_tokens: int = CACHED_TOKENS
+    cached_decisions: int = CACHED_DECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -46,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("decision-log-size", "64", "MiB that it grows to before it becomes FILE.1, and that FILE.2")
     flag("decision-log-keep", "4", "such older files to keep")
     flag("lease-entries", "4096", "leases that each of Envoy's worker threads may hold, twice over; 0: no leases")
+    flag("cached-tokens", str(CACHED_TOKENS), "verified tokens to remember, some 2 KiB each")
+    flag("cached-decisions", str(CACHED_DECISIONS), "decisions to remember, some 3 KiB each")
     flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
@@ -64,12 +70,15 @@ def read(args: argparse.Namespace) -> Settings:
     size = _number(args.decision_log_size, "--decision-log-size", 1, 1024 * 1024, mistakes)
     keep = _number(args.decision_log_keep, "--decision-log-keep", 0, 1000, mistakes)
     entries = _number(args.lease_entries, "--lease-entries", 0, 1_000_000, mistakes)
+    tokens = _number(args.cached_tokens, "--cached-tokens", 1, 10_000_000, mistakes)
+    decisions = _number(args.cached_decisions, "--cached-decisions", 1, 10_000_000, mistakes)
     decision_log, shadow = (Path(f) if f else None for f in (args.decision_log, args.shadow_policy))
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(
         Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
         decision_log, int(size * _MIB), int(keep), shadow, int(entries),
+        int(tokens), int(decisions),
     )  # fmt: skip
 
 

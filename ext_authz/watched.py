@@ -40,7 +40,7 @@ class WatchedFile:
         while True:
             # The folder, not the file: a ConfigMap swaps a symlink and editors rename, and neither shows in the file.
             events = awatch(
-                self.path.parent, watch_filter=self._concerns, debounce=20, step=5, recursive=False,
+                self.path.parent, watch_filter=self._concerns, debounce=50, step=50, recursive=False,
                 rust_timeout=int(POLL * 1000), yield_on_timeout=True,
             )  # fmt: skip
             with suppress(FileNotFoundError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from itertools import count
+from itertools import count, islice
 from typing import Any
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
@@ -59,13 +59,14 @@ def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
             else:
                 headers[name] = header.raw_value.decode("latin-1")
     path = http.path.partition("?")[0]
-    return Request(http.method, path, headers, http.raw_body or http.body.encode(), frozenset(repeated) if repeated else _NONE)
+    body = http.raw_body or http.body.encode()
+    return Request(http.method, path, headers, body, frozenset(repeated) if repeated else _NONE)
 
 
 class Writer:
     """Decisions of one policy to response bytes. What it makes of a decision lives as long as the decision does."""
 
-    __slots__ = ("_granted", "_ids", "_lease", "_policy", "_prepared", "_sentinel", "_until")
+    __slots__ = ("_granted", "_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel", "_until")
 
     def __init__(self, policy: Policy, lease: str = "") -> None:
         """`lease` is the epoch that leases are granted in."""
@@ -75,13 +76,17 @@ class Writer:
         self._sentinel = secrets.token_hex(8)
         self._until = secrets.token_hex(7)[:_MILLISECONDS]  # likewise for a lease's end
         self._ids = count(secrets.randbits(64))
+        self._ready: list[str] = []
         self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
         self._granted: WeakKeyDictionary[Decision, bytes] = WeakKeyDictionary()
 
     def new_id(self) -> str:
         """An id for one decision."""
-        # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
-        return f"{next(self._ids) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF:016x}"
+        if not self._ready:
+            # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
+            numbers = (n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF for n in islice(self._ids, 256))
+            self._ready = [f"{n:016x}" for n in numbers]
+        return self._ready.pop()
 
     def write(self, decision: Decision, decision_id: str | None = None) -> bytes:
         """A serialised CheckResponse with `decision_id`, or an id of its own."""

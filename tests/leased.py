@@ -73,7 +73,7 @@ class Answer:
         return self.headers.get("x-srp-decision-id", "")
 
 
-@dataclass
+@dataclass(repr=False)
 class Proxy:
     """One Envoy of one worker thread."""
 
@@ -137,7 +137,7 @@ class Proxy:
             return json.load(response)
 
 
-@dataclass
+@dataclass(repr=False)
 class Leased:
     """The whole. What is asynchronous runs on `loop`, by `run`."""
 

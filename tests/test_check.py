@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokens
-from ext_authz.check import CACHED_DECISIONS, DOWNGRADE, Snapshot, check, identify
+from ext_authz.check import DOWNGRADE, MAX_QUESTION, Memory, Snapshot, check, headers_read, identify
 from ext_authz.condition import compile_condition
 from ext_authz.identity import Keys
 from ext_authz.jwk import parse_jwks
 from ext_authz.model import Decision, Identity, Reason, Refusal, Request, Verdict
 from ext_authz.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
+from ext_authz.recent import Recent, Uses
 from strategies import header_texts
 from tokens import AUDIENCE, ISSUER
 
@@ -253,14 +254,91 @@ def test_names_that_anybody_can_invent_are_not_remembered() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """A full cache drops the least recently used decision."""
+    """Ever-new tokens and questions: each memory keeps its size, the newest stay, and what was dropped is counted."""
+    memory = Memory(tokens=3, decisions=2)
+    snapshot = memory.snapshot(POLICY, keys(), 1)
+    for n in range(5):
+        decided(snapshot, asks("A", token(sub=f"caller-{n}")))
+    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.answers)) == (3, 2, 2)
+    assert memory.uses == {"tokens": Uses(0, 5, 2), "decisions": Uses(0, 5, 3), "answers": Uses(0, 5, 3)}
+    newer = memory.snapshot(POLICY, keys(), 2)
+    assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
+
+
+def test_the_least_recently_used_is_forgotten_first() -> None:
+    """Looking something up keeps it; so does remembering it again."""
+    recent: Recent[str, int] = Recent(2)
+    recent["a"], recent["b"] = 1, 2
+    assert recent.get("a") == 1
+    recent["c"] = 3
+    assert [recent.get(k) for k in "abc"] == [1, None, 3]
+    recent["a"], recent["d"] = 4, 5
+    assert [recent.get(k) for k in "acd"] == [4, None, 5]
+
+
+def test_long_questions_are_not_remembered() -> None:
+    """Headers padded to the limit, names that differ in spaces only: what anybody can make large is not kept."""
     snapshot = Snapshot(POLICY)
-    assert snapshot.decisions.maxsize == CACHED_DECISIONS  # type: ignore[attr-defined]
-    known = decided(snapshot, asks("A"))
-    for n in range(CACHED_DECISIONS):
-        snapshot.decisions[(Identity(0), (str(n),), True)] = known
-    assert len(snapshot.decisions) == CACHED_DECISIONS
-    assert decided(snapshot, asks("A")) is not known
+    for n in range(MAX_QUESTION, MAX_QUESTION + 10):
+        assert decided(snapshot, asks("A" + " " * n)).serve == ("A",)
+    assert (len(snapshot.answers), len(snapshot.decisions)) == (0, 1)
+
+
+GATES = (
+    GateRule("/body", exact=True, pointer=("names",), default=("A",)),
+    GateRule("/other/", exact=False, header="x-other"),
+    GateRule("/", exact=False, header="x-expert-names", default=("A", "C")),
+)
+CALLERS = (None, token(sub="ann"), token(sub="bob", plan="premium"), token(sub="cy", exp=NOW + 10), "no token")
+sent_headers = st.fixed_dictionaries(
+    {},
+    optional={
+        "x-expert-names": st.sampled_from(["A", "C", "A,C", "C,A", "H", "X,A", "X", ""]),
+        "x-other": st.sampled_from(["C", "H"]),
+        DOWNGRADE: st.sampled_from(["never", "allow"]),
+        "content-encoding": st.just("gzip"),
+        "x-expert-access-token": st.sampled_from(CALLERS[1:]),
+        "x-team": st.sampled_from(["red", "blue"]),
+    },
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    headers: dict[str, Any] = draw(sent_headers)
+    if caller := draw(st.sampled_from(CALLERS)):
+        headers = {"authorization": f"Bearer {caller}", **headers}
+    repeated = frozenset(n for n in headers if draw(st.integers(0, 9)) == 0)
+    bodies = [b"", b'{"names": ["A"]}', b'{"names": "C"}', b'{"names": 1}', b"{}"]
+    path = draw(st.sampled_from(["/body", "/other/x", "/", "/body/"]))
+    return Request(draw(st.sampled_from(["GET", "POST"])), path, headers, draw(st.sampled_from(bodies)), repeated)
+
+
+RED = compile_condition('request.headers["x-team"] == "red"', "experts.C.allow", 1)
+ONCE = replace(POLICY, gate=GATES, experts={**EXPERTS, "C": replace(EXPERTS["C"], downgrade_to=("A",))})
+READER = replace(ONCE, experts={**EXPERTS, "C": replace(EXPERTS["C"], allow=RED)}, reads_request=True)
+
+
+@given(st.sampled_from([ONCE, READER]), st.lists(st.tuples(requests(), st.sampled_from([0, 20, 60])), max_size=25))
+def test_what_was_asked_before_changes_no_answer(policy: Policy, asked: list[tuple[Request, int]]) -> None:
+    """Any requests in any order, as time goes on: each gets what it would get if nothing had been asked before it.
+
+    And nothing but the headers that `headers_read` names makes a difference.
+    """
+    used, now = Snapshot(policy, keys()), NOW
+    for request, later in asked:
+        now = max(now, NOW + later)
+        reads = headers_read(policy)
+        kept = request._replace(
+            headers={n: v for n, v in request.headers.items() if reads is None or n in reads},
+            repeated=frozenset(n for n in request.repeated if reads is None or n in reads),
+        )
+        fresh = check(Snapshot(policy, keys()), request, now)
+        assert told(check(used, kept, now)) == told(fresh)
+
+
+def told(outcome: Decision | Refusal) -> Any:
+    return outcome if isinstance(outcome, Refusal) else [getattr(outcome, f.name) for f in fields(outcome)]
 
 
 def test_a_snapshot_that_is_replaced_is_freed() -> None:

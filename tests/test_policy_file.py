@@ -372,6 +372,7 @@ def test_the_smallest_policy() -> None:
     assert found.gate == (GateRule("/", exact=False, header="x-expert-names"),)
     assert found.experts["My_Expert"].cluster == "my-expert"
     assert (found.leeway, found.forward_token, found.log_claims) == (30.0, False, ())
+    assert (found.lease, found.experts["My_Expert"].lease) == (30.0, None)
     assert not found.issuers
     assert not found.clearance
 
@@ -383,11 +384,13 @@ def test_every_key_of_an_expert() -> None:
         "allow": 'request.method == "GET"', "max_requests": 1, "max_pending": 2, "timeout": 0,
         "connect_timeout": "200ms", "retries": 0, "retry_on": "5xx", "health": False,
         "outlier": {"consecutive_5xx": 3, "base_ejection": "1m"}, "slow_start": "1h",
+        "lease": 0,
     }  # fmt: skip
-    found = policy(experts={**SMALL["experts"], "C": entry})
+    found = policy(experts={**SMALL["experts"], "C": entry}, lease="5m")
     expert = found.experts["C"]
     assert expert.traffic == Traffic(1, 2, 0.0, 0.2, 0, "5xx", None, Outlier(3, 60.0), 3600.0)
     assert (expert.weight, expert.downgrade_to, expert.cluster) == (1000, ("A",), "c1")
+    assert (found.lease, expert.lease, found.experts["A"].lease) == (300.0, 0.0, None)
     assert expert.allow is not None
     assert expert.allow.where == "experts.C.allow"
     assert found.reads_request

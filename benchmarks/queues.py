@@ -1,0 +1,122 @@
+"""The benchmark's world without a network: arrivals, experts as queues, and the policies simulated on them. Pure.
+
+An expert has `slots` that each serve one request at a time, in the order of arrival, and a queue without end. Request i
+arrives at `arrivals[i]` seconds and takes `work[i]` times the mean of the expert that gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+from random import Random
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One expert: `slots` requests at a time, `mean` seconds each. `slots` is also the weight that SRP is given."""
+
+    name: str
+    slots: int
+    mean: float
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that it can serve."""
+        return self.slots / self.mean
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What every policy is given alike."""
+
+    arrivals: Sequence[float]
+    work: Sequence[float]
+
+    @classmethod
+    def poisson(cls, rate: float, seconds: float, seed: int) -> Trace:
+        """Poisson arrivals and exponential work. The same seed gives the same trace."""
+        random = Random(seed)
+        arrivals: list[float] = []
+        now = random.expovariate(rate)
+        while now < seconds:
+            arrivals.append(now)
+            now += random.expovariate(rate)
+        return cls(arrivals, [random.expovariate(1) for _ in arrivals])
+
+
+class Slots:
+    """First come, first served on `slots` slots. Only reckons: it is told the time and never waits."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = [0.0] * slots
+        heapify(self._free)
+
+    def finish(self, now: float, seconds: float) -> float:
+        """When a request that comes `now` and takes `seconds` is done."""
+        end = max(now, self._free[0]) + seconds
+        heapreplace(self._free, end)
+        return end
+
+
+# A policy sees the requests in flight at each expert and names one. It may keep what it likes between calls.
+Policy = Callable[[Sequence[Kind], Sequence[int], Random], int]
+
+
+def idlest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+    """SRP's rule: the smallest (in flight + 1) / weight."""
+    return _least([(n + 1) / e.slots for e, n in zip(experts, busy, strict=True)], random)
+
+
+def shortest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+    """Join the shortest queue, without weights."""
+    return _least(list(busy), random)
+
+
+def soonest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+    """Shortest expected delay: knows how fast each expert is, which no proxy is told."""
+    waits = [max(0, n + 1 - e.slots) / e.slots for e, n in zip(experts, busy, strict=True)]
+    return _least([e.mean * (1 + w) for e, w in zip(experts, waits, strict=True)], random)
+
+
+def two_choices(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+    """The less busy of two that are drawn at random."""
+    a, b = random.randrange(len(busy)), random.randrange(len(busy))
+    return a if busy[a] <= busy[b] else b
+
+
+def any_one(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+    return random.randrange(len(busy))
+
+
+def in_turn() -> Policy:
+    turn = -1
+
+    def policy(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+        nonlocal turn
+        turn = (turn + 1) % len(busy)
+        return turn
+
+    return policy
+
+
+def simulate(experts: Sequence[Kind], trace: Trace, policy: Policy, seed: int = 0) -> list[tuple[float, str]]:
+    """Seconds and expert of each request. The policy knows the requests in flight at that very instant."""
+    random = Random(seed)
+    slots = [Slots(e.slots) for e in experts]
+    ends: list[list[float]] = [[] for _ in experts]
+    served = []
+    for now, work in zip(trace.arrivals, trace.work, strict=True):
+        for at in ends:
+            while at and at[0] <= now:
+                heappop(at)
+        i = policy(experts, [len(at) for at in ends], random)
+        end = slots[i].finish(now, work * experts[i].mean)
+        heappush(ends[i], end)
+        served.append((end - now, experts[i].name))
+    return served
+
+
+def _least(loads: Sequence[float], random: Random) -> int:
+    least = min(loads)
+    return random.choice([i for i, load in enumerate(loads) if load == least])
