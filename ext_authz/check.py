@@ -14,32 +14,19 @@ from types import MappingProxyType
 from ext_authz import gate, identity
 from ext_authz.identity import Keys
 from ext_authz.model import Decision, Identity, Refusal, Request, refuse
-from ext_authz.policy import TOKEN_HEADERS, GateRule, Policy, decide
+from ext_authz.policy import TOKEN_HEADERS, Policy, decide
 from ext_authz.recent import Recent, Uses
 
 DOWNGRADE = "x-srp-downgrade"
 CACHED_TOKENS = 16_384
 CACHED_DECISIONS = 16_384
-MEMORIES = ("tokens", "decisions", "headings")  # of a Snapshot
-MAX_PATH = 1024  # characters; requests for longer paths are not remembered
+MEMORIES = ("tokens", "decisions", "answers")  # of a Snapshot
+MAX_QUESTION = 4096  # characters of a request's path and headers, to be remembered
 
-_UNREAD = Request("", "", {})
-
-Heading = tuple[str, str, bytes]  # method, path without query, digest of the headers' exact text
+Question = tuple[str | None, ...]
 Tokens = Recent[bytes, Identity]
 Decisions = Recent[tuple[Identity, tuple[str, ...], bool], Decision]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the headers of a request say, when its body names the experts."""
-
-    caller: Identity
-    rule: GateRule
-    downgrade: bool
-
-
-Headings = Recent[Heading, Decision | Asked]
+Answers = Recent[Question, Decision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +38,7 @@ class Snapshot:
     epoch: int = 0
     tokens: Tokens = field(default_factory=lambda: Recent(CACHED_TOKENS))
     decisions: Decisions = field(default_factory=lambda: Recent(CACHED_DECISIONS))
-    headings: Headings = field(default_factory=lambda: Recent(CACHED_DECISIONS))
+    answers: Answers = field(default_factory=lambda: Recent(CACHED_DECISIONS))
     anonymous: Identity | Refusal = field(init=False)
     reads: frozenset[str] | None = field(init=False)
 
@@ -62,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What each epoch may remember: so many verified `tokens`, so many decisions by either key; and how that was used."""
+    """What each epoch may remember: so many verified `tokens`, and decisions by either key; and how that was used."""
 
     tokens: int = CACHED_TOKENS
     decisions: int = CACHED_DECISIONS
@@ -72,7 +59,7 @@ class Memory:
         """A new epoch's, with nothing in it."""
         tokens = Recent[bytes, Identity](self.tokens, self.uses["tokens"])
         decisions: Decisions = Recent(self.decisions, self.uses["decisions"])
-        return Snapshot(policy, keys, epoch, tokens, decisions, Recent(self.decisions, self.uses["headings"]))
+        return Snapshot(policy, keys, epoch, tokens, decisions, Recent(self.decisions, self.uses["answers"]))
 
 
 def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
@@ -80,6 +67,27 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
 
     A Refusal comes back only when fresh keys of `Refusal.issuer` could change it; `refuse` makes it a decision.
     """
+    question = question_of(snapshot, request)
+    if question is not None:
+        known = snapshot.answers.get(question)
+        if known is not None and now < known.expires:
+            return known
+    made = _check(snapshot, request, now)
+    if question is not None and isinstance(made, Decision) and lasting(snapshot.policy, made):
+        rule = gate.rule_for(snapshot.policy, request.path)
+        if (rule is None or rule.pointer is None) and sum(len(t) for t in question if t) <= MAX_QUESTION:
+            snapshot.answers[question] = made
+    return made
+
+
+def question_of(snapshot: Snapshot, request: Request) -> Question | None:
+    """The exact text of all that a decision on `request` may read but for its body; None if that cannot be told."""
+    if snapshot.reads is None or request.repeated:
+        return None
+    return (request.path, *map(request.headers.get, snapshot.reads))
+
+
+def _check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
     caller = identify(snapshot, request, now)
     if isinstance(caller, Refusal):
         return caller if caller.issuer else refuse(caller)
@@ -87,63 +95,24 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
     if isinstance(names, Refusal):
         return refuse(names, snapshot.policy.tiers[caller.tier])
     downgrade = may_downgrade(request)
-    if snapshot.policy.reads_request:
-        return decide(snapshot.policy, caller, names, request, downgrade)
-    return _decision(snapshot, caller, names, request, downgrade)
-
-
-def recall(snapshot: Snapshot, heading: Heading, body: bytes, now: float) -> Decision | None:
-    """What `check` would decide on a request that it is remembered for, by `remember`; None: ask it."""
-    known = snapshot.headings.get(heading)
-    if known is None:
-        return None
-    if isinstance(known, Decision):
-        return known if now < known.expires else None
-    if now >= known.caller.expires:
-        return None
-    names = gate.in_body(known.rule, body)
-    if isinstance(names, Refusal):
-        return refuse(names, snapshot.policy.tiers[known.caller.tier])
-    return _decision(snapshot, known.caller, names, _UNREAD, known.downgrade)
-
-
-def remember(snapshot: Snapshot, heading: Heading, request: Request, decision: Decision, now: float) -> None:
-    """Remember what was decided at `now` on `request`, whose method, path and headers `heading` stands for.
-
-    If the names were in the body, what the headers say is remembered and the body read anew each time.
-    """
-    if not _lasting(decision) or request.repeated or len(request.path) > MAX_PATH:
-        return
-    rule = gate.rule_for(snapshot.policy, request.path)
-    if rule is None or rule.pointer is None:
-        snapshot.headings[heading] = decision
-    elif not snapshot.policy.reads_request:
-        caller = identify(snapshot, request, now)
-        if isinstance(caller, Identity):
-            snapshot.headings[heading] = Asked(caller, rule, may_downgrade(request))
-
-
-def _decision(
-    snapshot: Snapshot, caller: Identity, names: tuple[str, ...], request: Request, downgrade: bool
-) -> Decision:
-    """A decision that reads nothing of the request: made once."""
     key = (caller, names, downgrade)
     decision = snapshot.decisions.get(key)
     if decision is None:
         decision = decide(snapshot.policy, caller, names, request, downgrade)
-        if _lasting(decision):
+        if lasting(snapshot.policy, decision):
             snapshot.decisions[key] = decision
     return decision
-
-
-def _lasting(decision: Decision) -> bool:
-    """Whether it is worth remembering: names that anybody can invent would fill the memory."""
-    return bool(decision.requested) and not decision.unknown
 
 
 def headers_read(policy: Policy) -> frozenset[str] | None:
     """The headers that `check` may look at under `policy`; None: any."""
     return None if policy.reads_request else gate.headers(policy).union(TOKEN_HEADERS, (DOWNGRADE,))
+
+
+def lasting(policy: Policy, decision: Decision) -> bool:
+    """Whether the same request has the same decision until `decision.expires`, and is worth remembering."""
+    # Names that anybody can invent would fill the memory; a rule may read what no key holds.
+    return bool(decision.requested) and not decision.unknown and not policy.reads_request
 
 
 def may_downgrade(request: Request) -> bool:

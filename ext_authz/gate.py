@@ -31,7 +31,7 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
     if rule.header is not None:
         return _from_header(policy, rule, request)
     if rule.pointer is not None:
-        return _unreadable(request) or in_body(rule, request.body)
+        return _from_body(rule, rule.pointer, request)
     return _default(rule)
 
 
@@ -61,23 +61,16 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
     return _checked([n for n in names if n], f"header {_shown(header)}")
 
 
-def _unreadable(request: Request) -> Refusal | None:
-    """Why its headers say that the body cannot be read, if they do."""
+def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Names | Refusal:
     encoding = request.headers.get(ENCODING, "identity")
     if ENCODING in request.repeated or encoding.strip().lower() != "identity":
         return _bad("the body is compressed")
     if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
         return _bad("the body is incomplete")
-    return None
-
-
-def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
-    """The names in a body that can be read."""
-    pointer = rule.pointer or ()
-    if not body:
+    if not request.body:
         return _default(rule)
     try:
-        value = strict_json.loads(body, MAX_DEPTH)
+        value = strict_json.loads(request.body, MAX_DEPTH)
     except ValueError as e:
         return _bad(f"the body {e}")
     where = "body member /" + "/".join(pointer)

@@ -19,7 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ext_authz import leases, wire
-from ext_authz.check import Snapshot, check, recall, remember
+from ext_authz.check import Snapshot, check
 from ext_authz.metrics import Tally
 from ext_authz.model import Decision, Refusal, Request, refuse
 
@@ -75,20 +75,15 @@ class Authorization:
         epoch, now, request = self.epoch, self._clock(), _UNREAD
         decision_id = epoch.writer.new_id()
         try:
-            raw = wire.parse(data)
-            outcome = recall(epoch.snapshot, raw.heading, raw.body, now)
-            if outcome is None or self.witness is not None:
-                request = wire.request(raw, self._wanted(epoch))
-            if outcome is None:
+            request = wire.read(data, self._wanted(epoch))
+            outcome = check(epoch.snapshot, request, now)
+            if isinstance(outcome, Refusal):
+                await self._fresh(outcome.issuer or "")
+                epoch, now = self.epoch, self._clock()
+                request = wire.read(data, self._wanted(epoch))
                 outcome = check(epoch.snapshot, request, now)
                 if isinstance(outcome, Refusal):
-                    await self._fresh(outcome.issuer or "")
-                    epoch, now = self.epoch, self._clock()
-                    request = wire.request(raw, self._wanted(epoch))
-                    outcome = check(epoch.snapshot, request, now)
-                    if isinstance(outcome, Refusal):
-                        outcome = refuse(outcome)
-                remember(epoch.snapshot, raw.heading, request, outcome, now)
+                    outcome = refuse(outcome)
             until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
             if until is None:
                 answer = epoch.writer.write(outcome, decision_id)

@@ -8,32 +8,23 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from hashlib import blake2b
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
-from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValueOptionHeaderAppendAction
-from envoy_data_plane.envoy.service.auth.v3 import (
-    AttributeContextHttpRequest,
-    CheckRequest,
-    CheckResponse,
-)
+from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction
+from envoy_data_plane.envoy.service.auth.v3 import CheckRequest, CheckResponse
 from google.protobuf.message import DecodeError
 
-from ext_authz.check import Heading
 from ext_authz.gate import REQUESTED_CLUSTER
 from ext_authz.model import Decision, Reason, Request, Verdict
 from ext_authz.policy import TOKEN_HEADERS, Expert, Policy
 from ext_authz.twin import twins
 
-# The headers stay bytes until somebody reads them.
-_OPAQUE = frozenset({(AttributeContextHttpRequest, "header_map")})
-_TWINS = twins(CheckRequest, CheckResponse, HeaderMap, opaque=_OPAQUE)
+_TWINS = twins(CheckRequest, CheckResponse)
 _CheckRequest: Any = _TWINS[CheckRequest]
 _CheckResponse: Any = _TWINS[CheckResponse]
-_HeaderMap: Any = _TWINS[HeaderMap]
 _parse = _CheckRequest.FromString
 
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
@@ -46,16 +37,8 @@ _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
-class Raw(NamedTuple):
-    """An HTTP request with its headers as Envoy sent them. `heading` stands for the method, path and headers."""
-
-    heading: Heading
-    head: bytes
-    body: bytes
-
-
-def parse(data: bytes) -> Raw:
-    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
+def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
+    """The HTTP request inside a serialised CheckRequest, with its `wanted` headers or all. ValueError if it is none.
 
     Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
     """
@@ -63,30 +46,21 @@ def parse(data: bytes) -> Raw:
         http = _parse(data).attributes.request.http
     except DecodeError:
         raise ValueError("not a CheckRequest") from None
-    head = http.header_map
-    if not head and http.headers:
+    raw = http.header_map.headers
+    if not raw and http.headers:
         raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
-    heading = (http.method, http.path.partition("?")[0], blake2b(head, digest_size=32).digest())
-    return Raw(heading, head, http.raw_body or http.body.encode())
-
-
-def request(raw: Raw, wanted: frozenset[str] | None = None) -> Request:
-    """The request with its `wanted` headers, or all of them. ValueError if they cannot be read."""
-    try:
-        sent = _HeaderMap.FromString(raw.head).headers
-    except DecodeError:
-        raise ValueError("not a CheckRequest") from None
     headers: dict[str, str] = {}
     repeated: list[str] = []
-    for header in sent:
+    for header in raw:
         name = header.key
         if wanted is None or name in wanted:
             if name in headers:
                 repeated.append(name)
             else:
                 headers[name] = header.raw_value.decode("latin-1")
-    method, path, _ = raw.heading
-    return Request(method, path, headers, raw.body, frozenset(repeated) if repeated else _NONE)
+    path = http.path.partition("?")[0]
+    body = http.raw_body or http.body.encode()
+    return Request(http.method, path, headers, body, frozenset(repeated) if repeated else _NONE)
 
 
 class Writer:
