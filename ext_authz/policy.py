@@ -158,7 +158,7 @@ class Policy:
     digest: str = ""
     clusters: Mapping[str, str] = field(default_factory=dict)
     reads_request: bool = False
-    lease: float = 0.0
+    lease: float = 30.0
 
 
 def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:

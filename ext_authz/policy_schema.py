@@ -454,7 +454,7 @@ class File(Form):
     """Whether experts get the caller's token."""
     log_claims: Annotated[list[Text], _list(0, 32)] = []
     """Claims that the audit trail shows."""
-    lease: Annotated[float, _span(0, 3600)] = _seconds(0)
+    lease: Annotated[float, _span(0, 3600)] = _seconds(30)
     """How long Envoy may repeat a decision without asking again; 0: not at all."""
 
 

@@ -32,7 +32,6 @@ from system import ENVOY, HOST, free_ports
 
 POLICY = """\
 version: 1
-lease: 30s
 tiers: [low, high]
 issuers:
   - {{issuer: {issuer}, audiences: [{audience}], algorithms: [ES256], jwks: {{file: jwks.json}}}}

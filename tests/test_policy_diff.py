@@ -83,7 +83,7 @@ CHANGES: list[tuple[str, list[Edit], list[str]]] = [
     ("traffic", [('["127.0.0.1:1"]', '["127.0.0.1:9"], weight: 2, timeout: 5s')],
      ["neutral experts.A other endpoints, weight, timeout"]),
     ("a cluster", [("cluster: expert-a", "cluster: expert-x")], ["neutral experts.A.cluster expert-a → expert-x"]),
-    ("leases", [("version: 1\n", "version: 1\nlease: 1m\n")], ["neutral lease 0s → 60s"]),
+    ("leases", [("version: 1\n", "version: 1\nlease: 1m\n")], ["neutral lease 30s → 60s"]),
     ("the rest", [("log_claims: [plan, org]", "leeway: 1m\nforward_token: true")], [
         "wider leeway 30s → 60s", "neutral forward_token false → true", "neutral log_claims [plan, org] → []",
     ]),

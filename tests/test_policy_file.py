@@ -372,7 +372,7 @@ def test_the_smallest_policy() -> None:
     assert found.gate == (GateRule("/", exact=False, header="x-expert-names"),)
     assert found.experts["My_Expert"].cluster == "my-expert"
     assert (found.leeway, found.forward_token, found.log_claims) == (30.0, False, ())
-    assert (found.lease, found.experts["My_Expert"].lease) == (0.0, None)
+    assert (found.lease, found.experts["My_Expert"].lease) == (30.0, None)
     assert not found.issuers
     assert not found.clearance
 
