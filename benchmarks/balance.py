@@ -1,6 +1,6 @@
 """How well the idlest permitted expert does: SRP beside other ways to balance, and beside what is possible at all.
 
-    .venv/bin/python benchmarks/balance.py [--seconds 25] [--rounds 3] [--stretch 2]
+    .venv/bin/python benchmarks/balance.py [--seconds 20] [--rounds 3] [--stretch 3]
 
 Three unequal experts (8, 8 and 16 requests at a time; exponential service times) get Poisson arrivals at 70 % and 90 %
 of what they can serve together, open-loop: nobody waits for an answer before sending the next request. Every policy gets
@@ -11,17 +11,22 @@ with two worker threads:
     round robin, random, two choices    Envoy's own, on one cluster of three endpoints; no ext_authz
     ideal        not run but reckoned: SRP's rule with perfect knowledge, no network and no proxy
 
-A latency is from when a request was due to the end of its answer; the first fifth of each round is left out. Prints the
-medians over the rounds, writes benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png.
+A latency is from when a request was due to the end of its answer; the first fifth of each round is left out. `choices`
+is the mean that the same choices of expert give when the network, the proxy and a busy machine take no time;
+`simulated` is the same policy, not run but reckoned. Prints the medians over the rounds, writes benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +49,7 @@ WARM_UP = 0.2  # of a round
 IDEAL_SEEDS = 5  # ties are broken at random: the ideal is a mean over so many runs
 UNLIMITED = 1_000_000
 
+FAILED = ""  # in the place of an expert
 Served = list[tuple[float, str]]  # seconds and expert
 
 
@@ -80,7 +86,6 @@ WAYS = (
     Way("round robin", queues.in_turn, "/turn", {"lb_policy": "ROUND_ROBIN"}),
     Way("ideal", lambda: queues.idlest),
     Way("ideal, no weights", lambda: queues.shortest),
-    Way("ideal, speeds known", lambda: queues.soonest),
 )  # fmt: skip
 
 
@@ -170,8 +175,7 @@ def running(case: Case) -> Iterator[tuple[System, int]]:
 
 
 async def play(url: str, names: Sequence[str], trace: Trace) -> Served:
-    """Send every request of the trace when it is due."""
-    served: Served = []
+    """Send every request of the trace when it is due. In the trace's order."""
     body = json.dumps({"token_id": 101, "expert_names": names}).encode()
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
     timeout = aiohttp.ClientTimeout(total=None)
@@ -179,23 +183,21 @@ async def play(url: str, names: Sequence[str], trace: Trace) -> Served:
         clock = asyncio.get_running_loop().time
         began = clock() + 0.2
 
-        async def one(due: float, work: float) -> None:
+        async def one(due: float, work: float) -> tuple[float, str]:
             async with session.post(url, data=body, headers={"x-work": f"{work:.9f}"}) as response:
-                await response.read()
+                answer = await response.read()
                 if response.status != 200:
-                    raise RuntimeError(f"{url} answered {response.status}")
-                served.append((clock() - began - due, response.headers["x-expert"]))
+                    print(f"{url} answered {response.status} {answer[:200]!r}", file=sys.stderr)
+                    return clock() - began - due, FAILED
+                return clock() - began - due, response.headers["x-expert"].removeprefix("Expert_")
 
         async with asyncio.TaskGroup() as group:
+            tasks = []
             for due, work in zip(trace.arrivals, trace.work, strict=True):
                 if (early := began + due - clock()) > 0:
                     await asyncio.sleep(early)
-                group.create_task(_after(one(due, work), served, len(served)))
-    return served
-
-
-async def _after(sent: Any, served: Served, _: int) -> None:
-    await sent
+                tasks.append(group.create_task(one(due, work)))
+    return [task.result() for task in tasks]
 
 
 def busy_share(before: Sequence[int]) -> float:
@@ -206,3 +208,179 @@ def busy_share(before: Sequence[int]) -> float:
 
 def cpu_times() -> list[int]:
     return [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+
+# ---- what it comes to ----
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One policy in one round, warm-up left out. Seconds; `cpu` is the part of the machine that was busy.
+
+    Requests that failed are counted, and left out of all else. `choices` is what the mean would have been if every request had come to its expert the instant it was due: what the
+    policy's choices are worth, whatever the network, the proxy and a busy machine add.
+    """
+
+    latencies: Sequence[float]
+    shares: Mapping[str, float]
+    choices: float
+    cpu: float = 0.0
+    failed: int = 0
+
+    @classmethod
+    def of(cls, served: Served, case: Case, trace: Trace, cpu: float = 0.0) -> Sample:
+        warm = int(len(served) * WARM_UP)
+        exact = [s for s in queues.replay(case.experts, trace, [name for _, name in served])[warm:] if s is not None]
+        counted = [(seconds, name) for seconds, name in served[warm:] if name != FAILED]
+        experts = Counter(name for _, name in counted)
+        shares = {name: experts[name] / len(counted) for name in sorted(experts)}
+        return cls(
+            sorted(s for s, _ in counted), shares, statistics.fmean(exact), cpu, len(served) - warm - len(counted)
+        )
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.latencies)
+
+    def quantile(self, q: float) -> float:
+        return self.latencies[min(int(q * len(self.latencies)), len(self.latencies) - 1)]
+
+
+def simulated(case: Case, trace: Trace, way: Way) -> Sample:
+    runs = [queues.simulate(case.experts, trace, way.rule(), seed) for seed in range(IDEAL_SEEDS)]
+    samples = [Sample.of(served, case, trace) for served in runs]
+    shares = {e.name: statistics.fmean(s.shares.get(e.name, 0) for s in samples) for e in case.experts}
+    together = sorted(s for sample in samples for s in sample.latencies)
+    return Sample(together, shares, statistics.fmean(together))
+
+
+def measure(case: Case, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+    """For each load and policy: the medians over the rounds, and the ratios to the ideal of the same round."""
+    names = [e.name for e in case.experts]
+    with running(case) as (it, beside_port):
+        for load in LOADS:
+            measured: dict[str, list[Sample]] = {w.name: [] for w in WAYS}
+            reckoned: dict[str, list[Sample]] = {w.name: [] for w in WAYS}
+            for number in range(rounds):
+                trace = Trace.poisson(case.rate * load, seconds, seed=number)
+                for way in WAYS:
+                    reckoned[way.name].append(simulated(case, trace, way))
+                    if not way.path:
+                        continue
+                    url = f"http://{HOST}:{it.port if way.lb is None else beside_port}{way.path}"
+                    before = cpu_times()
+                    served = asyncio.run(play(url, names, trace))
+                    measured[way.name].append(Sample.of(served, case, trace, busy_share(before)))
+                    print(f"  {case.name} {load:.0%} round {number + 1}: {way.name}", file=sys.stderr)
+                    time.sleep(1)
+            ideal = reckoned["ideal"]
+            for way in WAYS:
+                yield summary(case, load, way, measured[way.name] or reckoned[way.name], reckoned[way.name], ideal)
+
+
+def summary(
+    case: Case, load: float, way: Way, samples: Sequence[Sample], reckoned: Sequence[Sample], ideal: Sequence[Sample]
+) -> dict[str, Any]:
+    def median(values: Iterable[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    percents = [n / 200 for n in range(200)] + [0.996, 0.997, 0.998, 0.999]
+    return {
+        "case": case.name,
+        "load": load,
+        "policy": way.name,
+        "measured": bool(way.path),
+        "mean_ms": median(s.mean * 1e3 for s in samples),
+        "p50_ms": median(s.quantile(0.5) * 1e3 for s in samples),
+        "p99_ms": median(s.quantile(0.99) * 1e3 for s in samples),
+        "shares": {e.name: median(s.shares.get(e.name, 0.0) for s in samples) for e in case.experts},
+        "of_ideal": median(s.mean / i.mean for s, i in zip(samples, ideal, strict=True)),
+        "choices_mean_ms": median(s.choices * 1e3 for s in samples),
+        "choices_of_ideal": median(s.choices / i.mean for s, i in zip(samples, ideal, strict=True)),
+        "simulated_mean_ms": median(s.mean * 1e3 for s in reckoned),
+        "cpu": median(s.cpu for s in samples),
+        "failed": sum(s.failed for s in samples),
+        "quantiles_ms": [[q, median(s.quantile(q) * 1e3 for s in samples)] for q in percents],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case]) -> str:
+    lines = []
+    for case in all_cases:
+        for load in LOADS:
+            lines.append(
+                f"\n{case.title} times {case.factor:g}, at {load:.0%} of {case.rate:.0f} requests a second\n"
+                f"{'policy':20} {'mean ms':>9} {'p50 ms':>9} {'p99 ms':>9} {'of ideal':>9}   {'A / B / C':15}"
+                f" {'choices':>9} {'simulated':>9} {'CPU':>5} {'failed':>6}"
+            )
+            for row in (r for r in rows if (r["case"], r["load"]) == (case.name, load)):
+                shares = " / ".join(f"{share:.0%}" for share in row["shares"].values())
+                cpu = f"{row['cpu']:.0%}" if row["measured"] else ""
+                lines.append(
+                    f"{row['policy']:20} {row['mean_ms']:9.1f} {row['p50_ms']:9.1f} {row['p99_ms']:9.1f}"
+                    f" {row['of_ideal']:9.2f}   {shares:15} {row['choices_mean_ms']:9.1f} {row['simulated_mean_ms']:9.1f} {cpu:>5} {row['failed'] or '':>6}"
+                )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case], path: Path) -> None:
+    """Two panels, one a case, at the highest load: the part of the requests that took longer than x."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(all_cases), figsize=(10, 4), sharey=True, layout="constrained")
+    styles = {
+        "ideal": {"color": "0.6", "linewidth": 4},
+        "srp": {"color": "tab:blue", "linewidth": 1.8},
+        "two choices": {"color": "tab:green"},
+        "random": {"color": "tab:orange"},
+        "round robin": {"color": "tab:red"},
+    }
+    for panel, case in zip(panels, all_cases, strict=True):
+        for name, style in styles.items():
+            (row,) = (r for r in rows if (r["case"], r["load"], r["policy"]) == (case.name, LOADS[-1], name))
+            label = "SRP" if name == "srp" else "ideal (simulated)" if name == "ideal" else name
+            label += f", mean {row['mean_ms']:.0f} ms"
+            panel.plot(
+                [ms for _, ms in row["quantiles_ms"]], [1 - q for q, _ in row["quantiles_ms"]], label=label, **style
+            )
+        panel.set(xscale="log", yscale="log", ylim=(1e-3, 1), xlabel="latency, ms")
+        panel.set_title(f"service {case.title}, times {case.factor:g}; load {LOADS[-1]:.0%}", fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="lower left")
+    panels[0].set_ylabel("part of the requests that took longer")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20, help="of arrivals in each round (default: 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--stretch",
+        type=float,
+        default=3,
+        help="multiplies the short service times: less work for the CPU (default: 3)",
+    )
+    parser.add_argument("--plot-only", action="store_true", help="draw the plot of the last results again")
+    args = parser.parse_args()
+    if args.plot_only:
+        found = json.loads(RESULTS.read_text())
+        rows, all_cases = found["rows"], cases(found["stretch"])
+    else:
+        all_cases = cases(args.stretch)
+        rows = [row for case in all_cases for row in measure(case, args.seconds, args.rounds)]
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({**vars(args), "rows": rows}, indent=1) + "\n")
+    print(table(rows, all_cases))
+    try:
+        plot(rows, all_cases, PLOT)
+    except ModuleNotFoundError:
+        sys.exit("no plot without matplotlib: pip install 'secure-routing-proxy[bench]', then --plot-only")
+
+
+if __name__ == "__main__":
+    main()

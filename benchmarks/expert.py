@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--mean", type=float, required=True, help="seconds")
     args = parser.parse_args()
     app = make_app(args.name, args.slots, args.mean)
-    web.run_app(app, host="127.0.0.1", port=args.port, access_log=None, print=None)
+    # A connection is not closed between two rounds: a request might be on its way.
+    web.run_app(app, host="127.0.0.1", port=args.port, access_log=None, print=None, keepalive_timeout=7200)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,6 @@ def shortest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> in
     return _least(list(busy), random)
 
 
-def soonest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
-    """Shortest expected delay: knows how fast each expert is, which no proxy is told."""
-    waits = [max(0, n + 1 - e.slots) / e.slots for e, n in zip(experts, busy, strict=True)]
-    return _least([e.mean * (1 + w) for e, w in zip(experts, waits, strict=True)], random)
-
-
 def two_choices(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
     """The less busy of two that are drawn at random."""
     a, b = random.randrange(len(busy)), random.randrange(len(busy))
@@ -115,6 +109,17 @@ def simulate(experts: Sequence[Kind], trace: Trace, policy: Policy, seed: int = 
         heappush(ends[i], end)
         served.append((end - now, experts[i].name))
     return served
+
+
+def replay(experts: Sequence[Kind], trace: Trace, chosen: Sequence[str]) -> list[float | None]:
+    """Seconds of each request, if its expert is the one `chosen` and it gets there in no time. None: it got nowhere."""
+    kinds = {e.name: e for e in experts}
+    slots = {e.name: Slots(e.slots) for e in experts}
+    requests = zip(trace.arrivals, trace.work, chosen, strict=True)
+    return [
+        slots[name].finish(now, work * kinds[name].mean) - now if name in kinds else None
+        for now, work, name in requests
+    ]
 
 
 def _least(loads: Sequence[float], random: Random) -> int:

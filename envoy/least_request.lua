@@ -2,11 +2,12 @@
 --
 -- ext_authz puts the clusters that may serve a request into one header, the only thing read here:
 --
---     x-target-cluster: expert-a;w=2;m=64,expert-b
+--     x-target-cluster: expert-a;w=2;m=64,expert-b;s
 --
 -- `w` is the expert's weight (default 1), `m` the requests it may have in flight (default: any number). Of these
--- clusters the one with the smallest (in flight + 1) / weight wins, ties at random. Full clusters come last. In flight
--- means what all worker threads together have sent there, or hold for want of a connection.
+-- clusters the one with the smallest (in flight + 1) / weight wins, ties at random. Full clusters come last, and before
+-- them those on standby (`s`), which are for when no other can serve. In flight means what all worker threads together
+-- have sent there, or hold for want of a connection.
 --
 -- The answer is a ladder, idlest~second (ext_authz/clusters.py): a dead cluster has nothing in flight, so it is often
 -- the idlest, and only Envoy knows that it is dead. Envoy steps over it to the second. For the rest of the candidates
@@ -18,6 +19,8 @@ local NOBODY = "none" -- a cluster that does not exist; the policy may not defin
 local MAX_CANDIDATES = 64
 local MAX_REMEMBERED = 1024 -- parsed headers per worker thread
 local FULL = 1e9 -- added to the load of a cluster that can take no more
+local STANDBY = 1e7 -- added to the load of a cluster on standby
+local DECISION = "envoy.filters.http.ext_authz" -- its dynamic metadata
 
 local random = math.random
 local remembered, count = {}, 0
@@ -32,10 +35,12 @@ local function candidate(text)
   rest = after or rest
   most, after = rest:match("^;m=([1-9]%d?%d?%d?%d?%d?%d?)(.*)$")
   rest = after or rest
-  if rest ~= "" then
+  if rest ~= "" and rest ~= ";s" then
     return nil
   end
-  return { name = name, weight = tonumber(weight or 1), most = tonumber(most or FULL), rung = { cluster = name } }
+  local aside = rest == ";s" and STANDBY or 0
+  most = tonumber(most or FULL)
+  return { name = name, weight = tonumber(weight or 1), most = most, aside = aside, rung = { cluster = name } }
 end
 
 local function parse(header)
@@ -80,7 +85,7 @@ function envoy_on_route(handle)
     local cluster = handle:getCluster(c.name)
     if cluster then
       local busy = cluster:numRequests() + cluster:numPendingRequests()
-      local load = (busy + 1) / c.weight + random() * 1e-7 + (busy >= c.most and FULL or 0)
+      local load = (busy + 1) / c.weight + random() * 1e-7 + c.aside + (busy >= c.most and FULL or 0)
       if load < least then
         best, second, least, next_least = c.name, best, load, least
       elseif load < next_least then
@@ -113,4 +118,18 @@ function envoy_on_request(handle)
     rungs[i] = candidates[(turn + i) % n + 1].rung
   end
   handle:streamInfo():dynamicMetadata():set("envoy.lb", "fallback_list", rungs)
+end
+
+-- An answer of an expert on standby is a downgrade, and the client is told so. `x-srp-expert` is Envoy's own word here.
+function envoy_on_response(handle)
+  local decision = handle:streamInfo():dynamicMetadata():get(DECISION)
+  if not decision or not decision.standby then
+    return
+  end
+  local headers = handle:headers()
+  local expert = headers:get("x-srp-expert")
+  if expert and expert ~= decision.candidates then
+    headers:replace("x-srp-decision", "downgrade")
+    headers:replace("x-srp-reason", "unavailable")
+  end
 end

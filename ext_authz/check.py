@@ -22,6 +22,8 @@ CACHED_TOKENS = 16_384
 CACHED_DECISIONS = 16_384
 MEMORIES = ("tokens", "decisions", "answers")  # of a Snapshot
 MAX_QUESTION = 4096  # characters of a request's path and headers, to be remembered
+_PLACE = 1024  # bytes of a token or characters of a question in an ordinary place of a memory
+_PLACE_NAMES = 16  # experts that a decision names, asked and chosen, likewise
 
 Question = tuple[str | None, ...]
 Tokens = Recent[bytes, Identity]
@@ -75,8 +77,9 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusa
     made = _check(snapshot, request, now)
     if question is not None and isinstance(made, Decision) and lasting(snapshot.policy, made):
         rule = gate.rule_for(snapshot.policy, request.path)
-        if (rule is None or rule.pointer is None) and sum(len(t) for t in question if t) <= MAX_QUESTION:
-            snapshot.answers[question] = made
+        length = sum(len(t) for t in question if t)
+        if (rule is None or rule.pointer is None) and length <= MAX_QUESTION:
+            snapshot.answers.keep(question, made, _places(made) + length // _PLACE)
     return made
 
 
@@ -100,8 +103,13 @@ def _check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refus
     if decision is None:
         decision = decide(snapshot.policy, caller, names, request, downgrade)
         if lasting(snapshot.policy, decision):
-            snapshot.decisions[key] = decision
+            snapshot.decisions.keep(key, decision, _places(decision))
     return decision
+
+
+def _places(decision: Decision) -> int:
+    """The room that a decision takes with all that is made of it."""
+    return 1 + (len(decision.requested) + len(decision.serve)) // _PLACE_NAMES
 
 
 def headers_read(policy: Policy) -> frozenset[str] | None:
@@ -133,5 +141,5 @@ def identify(snapshot: Snapshot, request: Request, now: float) -> Identity | Ref
         return known
     caller = identity.verify(snapshot.policy, snapshot.keys, token, now)
     if isinstance(caller, Identity):
-        snapshot.tokens[digest] = caller
+        snapshot.tokens.keep(digest, caller, 1 + len(token) // _PLACE)
     return caller

@@ -190,7 +190,8 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
     if args.claims is not None:
         return by_claims(policy, _object(args.claims, "--claims"))
     if args.token is not None:
-        text = sys.stdin.read() if args.token == "-" else Path(args.token).read_text()
+        with sys.stdin.buffer if args.token == "-" else Path(args.token).open("rb") as file:
+            text = file.read(2 * identity.MAX_TOKEN).decode("latin-1")  # no token is longer, or holds more than ASCII
         caller = by_token(policy, text.strip())
     else:
         caller = identity.anonymous(policy)

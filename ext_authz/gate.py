@@ -15,10 +15,13 @@ MAX_DEPTH = 32  # nesting of a JSON body
 REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-target-cluster
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 ENCODING = "content-encoding"
+CONTENT_TYPE = "content-type"
 
 _NAME = re.compile(r"[!-+\--:<-~]+", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
-_ABSENT = object()
+_CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+_UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
+_ABSENT, _AMBIGUOUS = object(), object()
 
 Names = tuple[str, ...]
 
@@ -45,7 +48,9 @@ def rule_for(policy: Policy, path: str) -> GateRule | None:
 
 def headers(policy: Policy) -> frozenset[str]:
     """The headers that `read` may look at, and the one that leases go by."""
-    return frozenset({ENCODING, PARTIAL_BODY, REQUESTED_CLUSTER, *(rule.header for rule in policy.gate if rule.header)})
+    return frozenset(
+        {ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, *(rule.header for rule in policy.gate if rule.header)}
+    )
 
 
 def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:
@@ -67,6 +72,8 @@ def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Na
         return _bad("the body is compressed")
     if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
         return _bad("the body is incomplete")
+    if CONTENT_TYPE in request.repeated or not _utf8(request.headers.get(CONTENT_TYPE, "")):
+        return _bad("the body is declared to be in another charset than UTF-8")
     if not request.body:
         return _default(rule)
     try:
@@ -77,6 +84,8 @@ def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Na
     found = _resolve(value, pointer)
     if found is _ABSENT:
         return _default(rule)
+    if found is _AMBIGUOUS:
+        return _bad(f"{where} is there in another spelling")
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
@@ -85,9 +94,14 @@ def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Na
 
 
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
-    """RFC 6901 evaluation; _ABSENT if the member or element is not there, None (a wrong type) if it could not be."""
+    """RFC 6901 evaluation; _ABSENT if the member or element is not there, None (a wrong type) if it could not be.
+
+    _AMBIGUOUS if there is a member that differs in case only: Go's encoding/json, among others, takes it for the same.
+    """
     for token in pointer:
         if isinstance(value, dict):
+            if any(len(name) == len(token) and name != token and _same_letters(name, token) for name in value):
+                return _AMBIGUOUS
             value = value.get(token, _ABSENT)
         elif isinstance(value, list) and _INDEX.fullmatch(token):
             value = value[int(token)] if int(token) < len(value) else _ABSENT
@@ -96,6 +110,15 @@ def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
         if value is _ABSENT:
             return _ABSENT
     return value
+
+
+def _same_letters(a: str, b: str) -> bool:
+    return a.casefold() == b.casefold()
+
+
+def _utf8(content_type: str) -> bool:
+    """Whether the content type names no charset but UTF-8: a reader that goes by another sees another text."""
+    return all((rest.strip(), name.lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
 
 
 def _checked(names: list[str], where: str) -> Names | Refusal:

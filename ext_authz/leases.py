@@ -34,7 +34,7 @@ def grant(policy: Policy, decision: Decision, request: Request, now: float) -> f
 
     The length of the key is the filter's to judge.
     """
-    if not decision.serve:
+    if not decision.serve or decision.standby:  # who answers may change what the client is told
         return None
     rule = rule_for(policy, request.path)
     if rule is None or rule.pointer is not None:

@@ -117,7 +117,8 @@ class Decision:
 
     `requested` are the known experts asked for, `unknown` the names dropped; `required_tier` is the lowest tier
     among the requested experts struck out for their tier, None when none was. `subject` is the verified caller's.
-    `expires` is when the caller's token ends, in seconds since the epoch, leeway included.
+    `expires` is when the caller's token ends, in seconds since the epoch, leeway included. `standby` are permitted
+    experts that may serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows of.
     Compared by object: what is remembered of a decision is remembered with it.
     """
 
@@ -133,6 +134,7 @@ class Decision:
     subject: str = ""
     errors: tuple[str, ...] = ()
     expires: float = inf
+    standby: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:

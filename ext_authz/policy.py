@@ -1,6 +1,6 @@
 """The compiled policy and the decision. Pure: a decision is a function of policy, caller, experts asked and request.
 
-Every expert in `Decision.serve` is permitted to the caller; nothing outside this file can put one there.
+Every expert in `Decision.serve` and `standby` is permitted to the caller; nothing outside this file can put one there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One expert. `tier` indexes `Policy.tiers`; `line` is where the policy defines it; `lease` as in `Policy`."""
+    """One expert. `tier` indexes `Policy.tiers`; `line` is where the policy defines it; `lease` as in `Policy`.
+
+    `unavailable` is `downgrade` if those it is downgraded to may also serve when it is down or full, else `refuse`.
+    """
 
     name: str
     tier: int
@@ -68,6 +71,7 @@ class Expert:
     traffic: Traffic = Traffic()
     line: int = 0
     lease: float | None = None
+    unavailable: str = "refuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,10 @@ def decide(
     serve = bench.permitted(requested)
     if not serve:
         serve = bench.permitted(dict.fromkeys(d for n in requested for d in policy.experts[n].downgrade_to))
+    standby: tuple[str, ...] = ()
+    if downgrade and len(requested) == 1 and serve == requested:
+        (only,) = (policy.experts[n] for n in requested)
+        standby = bench.permitted(only.downgrade_to) if only.unavailable == "downgrade" else ()
     struck = tuple(s for n in requested if (s := bench.strike(n)))
     needed = [policy.experts[s.expert].tier for s in struck if s.reason is Reason.TIER_TOO_LOW]
     common: dict[str, Any] = {
@@ -204,7 +212,7 @@ def decide(
         "expires": caller.expires,
     }  # fmt: skip
     if serve == requested:
-        return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, **common)
+        return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, standby=standby, **common)
     if serve and downgrade:
         return Decision(Verdict.DOWNGRADE, struck[0].reason, serve=serve, **common)
     if serve:

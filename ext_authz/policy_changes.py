@@ -108,7 +108,7 @@ def _expert(old: Policy, new: Policy, name: str) -> Iterator[Change]:
         yield Change(Effect.NEUTRAL, f"{path}.downgrade_to", f"{_list(was.downgrade_to)} → {_list(now.downgrade_to)}")
     if was.cluster != now.cluster:
         yield Change(Effect.NEUTRAL, f"{path}.cluster", f"{was.cluster} → {now.cluster}")
-    changed = [k for k in ("endpoints", "weight", "lease") if getattr(was, k) != getattr(now, k)]
+    changed = [k for k in ("endpoints", "weight", "lease", "unavailable") if getattr(was, k) != getattr(now, k)]
     changed += [f.name for f in fields(was.traffic) if getattr(was.traffic, f.name) != getattr(now.traffic, f.name)]
     if changed:
         yield Change(Effect.NEUTRAL, path, f"other {', '.join(changed)}")

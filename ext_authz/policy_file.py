@@ -173,6 +173,7 @@ class _Compiler:
                 traffic=_traffic(entry),
                 line=self._line(path),
                 lease=entry.lease,
+                unavailable=entry.unavailable,
             )
 
     def _cluster(self, path: policy_source.Path, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:

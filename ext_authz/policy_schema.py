@@ -294,6 +294,8 @@ class Expert(Form):
     """Its capacity relative to the others."""
     downgrade_to: Annotated[list[ExpertName], _list(0, MAX_NAMES)] = []
     """Who may serve instead when none of the requested experts may. None of them of a higher tier."""
+    unavailable: Literal["refuse", "downgrade"] = "refuse"
+    """`downgrade`: those may also serve a request for this expert alone when it is down or full."""
     allow: Cel = _optional()
     """A CEL condition on `claims` and `request` that must hold as well."""
     max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_requests

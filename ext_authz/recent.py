@@ -20,31 +20,38 @@ class Uses:
 
 
 class Recent(Generic[K, V]):
-    """At most `size` values by their keys, least recently used last to stay. A value is never None."""
+    """At most `size` values by their keys, fewer if some are large; least recently used goes first. Never None."""
 
-    __slots__ = ("_items", "size", "uses")
+    __slots__ = ("_filled", "_items", "size", "uses")
 
     def __init__(self, size: int, uses: Uses | None = None) -> None:
-        self._items: OrderedDict[K, V] = OrderedDict()
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._filled = 0
         self.size = size
         self.uses = uses or Uses()
 
     def get(self, key: K) -> V | None:
         """What is remembered under `key`, if anything is."""
-        value = self._items.get(key)
-        if value is None:
+        item = self._items.get(key)
+        if item is None:
             self.uses.misses += 1
             return None
         self._items.move_to_end(key)
         self.uses.hits += 1
-        return value
+        return item[0]
 
     def __setitem__(self, key: K, value: V) -> None:
+        self.keep(key, value)
+
+    def keep(self, key: K, value: V, places: int = 1) -> None:
+        """Remember `value`; it takes as much room as that many ordinary ones."""
         items = self._items
-        items[key] = value
-        items.move_to_end(key)
-        if len(items) > self.size:
-            items.popitem(last=False)
+        if key in items:
+            self._filled -= items.pop(key)[1]
+        items[key] = value, places
+        self._filled += places
+        while self._filled > self.size:
+            self._filled -= items.popitem(last=False)[1][1]
             self.uses.evictions += 1
 
     def __len__(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from watchfiles import Change, awatch
 
 SETTLE = 0.02  # seconds a file must hold still before it is believed
+MAX_BYTES = 16 * 1024 * 1024  # that are read; who reads them has a lower limit
 POLL = 5.0  # seconds between looks at the file, should a notification be lost
 
 
@@ -23,12 +26,12 @@ class WatchedFile:
     async def read(self) -> bytes | None:
         """The bytes once they hold still, None if they are those of the last time; OSError if it cannot be read."""
         before, self._seen = self._seen, None  # what comes after an error is news, even if it is what was there before
-        text = await asyncio.to_thread(self.path.read_bytes)
+        text = await asyncio.to_thread(_read, self.path)
         if text != before:
             # Half a file may be a valid policy of another meaning.
             for _ in range(50):
                 await asyncio.sleep(SETTLE)
-                again = await asyncio.to_thread(self.path.read_bytes)
+                again = await asyncio.to_thread(_read, self.path)
                 if again == text:
                     break
                 text = again
@@ -53,3 +56,11 @@ class WatchedFile:
         """Whether a change in the folder may be one of the file: its own name, or a ConfigMap's `..data`."""
         name = Path(path).name
         return name == self.path.name or name.startswith("..")
+
+
+def _read(path: Path) -> bytes:
+    """The start of a regular file. Anything else is an OSError: a FIFO would hold its thread, and the end, for ever."""
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        return file.read(MAX_BYTES)

@@ -17,7 +17,7 @@ from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendA
 from envoy_data_plane.envoy.service.auth.v3 import CheckRequest, CheckResponse
 from google.protobuf.message import DecodeError
 
-from ext_authz.gate import REQUESTED_CLUSTER
+from ext_authz.gate import MAX_NAMES, REQUESTED_CLUSTER
 from ext_authz.model import Decision, Reason, Request, Verdict
 from ext_authz.policy import TOKEN_HEADERS, Expert, Policy
 from ext_authz.twin import twins
@@ -29,6 +29,7 @@ _parse = _CheckRequest.FromString
 
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
 _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+_IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
@@ -117,9 +118,12 @@ class Writer:
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     response = _CheckResponse()
     ok = response.ok_response
-    experts = [policy.experts[n] for n in decision.serve]
+    experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
+    targets = [f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts]
+    for i in range(len(decision.serve), len(targets)):
+        targets[i] += ";s"  # standby
     upstream = {
-        "x-target-cluster": ",".join(f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts),
+        "x-target-cluster": ",".join(targets),
         "x-srp-subject": quote(decision.subject, safe=_VISIBLE),
         "x-srp-tier": decision.caller_tier or "",
         "x-srp-decision-id": decision_id,
@@ -131,6 +135,10 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
         removed.append("x-srp-subject")  # Envoy has stripped the client's already; this is the second lock
     ok.headers_to_remove.extend(removed)
     _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
+    if decision.standby:
+        for option in ok.response_headers_to_add:
+            if option.header.key in ("x-srp-decision", "x-srp-reason"):
+                option.append_action = _IF_ABSENT  # the route script has set them if a standby answered
     _metadata(response, policy, decision, decision_id)
     return response
 
@@ -209,6 +217,8 @@ def _metadata(response: Any, policy: Policy, decision: Decision, decision_id: st
     }
     for name, text in texts.items():
         fields[name].string_value = text
+    if decision.standby:
+        fields["standby"].string_value = ",".join(decision.standby)
 
 
 def _set(options: Any, headers: dict[str, str]) -> None:

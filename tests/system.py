@@ -164,8 +164,14 @@ def system(
     expert_flags: Mapping[str, Sequence[str]] | None = None,
     serve_flags: Sequence[str] = (),
     workers: int = 2,
+    expert_command: Sequence[str] = (sys.executable, "-m", "experts"),
+    envoy_config: Callable[[str], str] = str,
 ) -> Iterator[System]:
-    """A running system. `policy` makes the policy's text from the ports of each expert's replicas."""
+    """A running system. `policy` makes the policy's text from the ports of each expert's replicas.
+
+    `expert_command` starts an expert, with `--name`, `--port` and its flags after it; `envoy_config` may change the
+    text of Envoy's configuration.
+    """
     with tempfile.TemporaryDirectory(prefix="srp-") as made:
         it = System(Path(made))
         spare = free_ports(3 + sum(replicas.values()))
@@ -176,7 +182,7 @@ def system(
             flags = (expert_flags or {}).get(name, ("--delay", "0"))
             it.experts[name] = [
                 Proc(
-                    [sys.executable, "-m", "experts", "--name", f"Expert_{name}", "--port", str(port), *flags],
+                    [*expert_command, "--name", f"Expert_{name}", "--port", str(port), *flags],
                     it.directory / f"expert-{name}-{port}.log",
                 )
                 for port in it.ports[name]
@@ -195,7 +201,8 @@ def system(
         config = it.directory / "envoy.yaml"
         template, lua = envoy_file("envoy.yaml").read_text(), str(envoy_file("least_request.lua"))
         listen, admin = (HOST, it.port), (HOST, it.admin)
-        config.write_text(bootstrap(template, listen=listen, admin=admin, socket=str(sock), lua=lua))
+        made_for_here = bootstrap(template, listen=listen, admin=admin, socket=str(sock), lua=lua)
+        config.write_text(envoy_config(made_for_here))
         it.envoy = Proc(
             [
                 ENVOY, "-c", str(config), "--concurrency", str(workers), "--log-level", "warning",

@@ -55,6 +55,9 @@ PLACES = [
     ({"A": 1, "B": 2}, "expert-a;w=9;m=1,expert-b;w=1;m=9", 2, {"A": 1, "B": 4}),
     ({"A": 2, "B": 1}, "expert-a;m=1,expert-b;m=1", 1, {"A": 2, "B": 2}),  # all full: Envoy's own limits decide
     ({"A": 5}, "expert-a", 2, {"A": 7}),
+    ({"A": 5}, "expert-a,expert-b;s", 2, {"A": 7}),
+    ({"A": 5}, "expert-a;m=5,expert-b;w=1;m=9;s", 2, {"A": 5, "B": 2}),
+    ({"A": 1, "B": 1}, "expert-a;m=1,expert-b;m=1;s", 1, {"A": 2, "B": 1}),
     ({"A": 1}, "expert-nowhere,expert-a", 1, {"A": 2}),
 ]
 
@@ -97,6 +100,8 @@ ODD = [
     "expert-a;w=1;w=2",
     "expert-a;m=8;w=1",
     "expert-a;x=1",
+    "expert-a;s;s",
+    "expert-a;s;w=1",
     "expert-a;",
     "a,b;w=0",
     "expert-a~expert-b",
