@@ -13,7 +13,9 @@ with two worker threads:
 
 A latency is from when a request was due to the end of its answer; the first fifth of each round is left out. `choices`
 is the mean that the same choices of expert give when the network, the proxy and a busy machine take no time;
-`simulated` is the same policy, not run but reckoned. Prints the medians over the rounds, writes benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png.
+`simulated` is the same policy, not run but reckoned. Prints the medians over the rounds, writes
+benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png. At last it reckons what other
+weights would give.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ PLOT = ROOT / "docs/balance.png"
 LOADS = (0.7, 0.9)
 WARM_UP = 0.2  # of a round
 IDEAL_SEEDS = 5  # ties are broken at random: the ideal is a mean over so many runs
+WEIGHT_SEEDS = 20
 UNLIMITED = 1_000_000
 
 FAILED = ""  # in the place of an expert
@@ -284,7 +287,7 @@ def summary(
     def median(values: Iterable[float]) -> float:
         return round(statistics.median(values), 4)
 
-    percents = [n / 200 for n in range(200)] + [0.996, 0.997, 0.998, 0.999]
+    percents = [n / 50 for n in range(50)] + [0.985, 0.99, 0.995, 0.997, 0.998, 0.999]
     return {
         "case": case.name,
         "load": load,
@@ -300,7 +303,7 @@ def summary(
         "simulated_mean_ms": median(s.mean * 1e3 for s in reckoned),
         "cpu": median(s.cpu for s in samples),
         "failed": sum(s.failed for s in samples),
-        "quantiles_ms": [[q, median(s.quantile(q) * 1e3 for s in samples)] for q in percents],
+        "quantiles_ms": [[q, round(median(s.quantile(q) * 1e3 for s in samples), 1)] for q in percents],
     }
 
 
@@ -320,6 +323,30 @@ def table(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case]) -> str:
                     f"{row['policy']:20} {row['mean_ms']:9.1f} {row['p50_ms']:9.1f} {row['p99_ms']:9.1f}"
                     f" {row['of_ideal']:9.2f}   {shares:15} {row['choices_mean_ms']:9.1f} {row['simulated_mean_ms']:9.1f} {cpu:>5} {row['failed'] or '':>6}"
                 )
+    return "\n".join(lines)
+
+
+def weights_table(all_cases: Sequence[Case], seconds: float) -> str:
+    """The mean under SRP's rule by what the weights say. Reckoned, the same arrivals for each."""
+    kinds: dict[str, Callable[[Kind], float]] = {
+        "slots": lambda e: e.slots,
+        "rate": lambda e: e.rate,
+        "sqrt(slots x rate)": lambda e: (e.slots * e.rate) ** 0.5,
+        "all the same": lambda _: 1,
+    }
+    lines = ["\nmean ms by the weights, reckoned", f"{'weights':20}"]
+    lines[1] += "".join(f"{f'{case.name} {load:.0%}':>12}" for case in all_cases for load in LOADS)
+    for name, weight in kinds.items():
+        line = f"{name:20}"
+        for case in all_cases:
+            for load in LOADS:
+                means = []
+                for seed in range(WEIGHT_SEEDS):
+                    trace = Trace.poisson(case.rate * load, seconds, seed)
+                    served = queues.simulate(case.experts, trace, queues.weighted(weight), seed)
+                    means.append(statistics.fmean(s for s, _ in served[int(len(served) * WARM_UP) :]))
+                line += f"{statistics.fmean(means) * 1e3:12.1f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -374,8 +401,9 @@ def main() -> None:
         all_cases = cases(args.stretch)
         rows = [row for case in all_cases for row in measure(case, args.seconds, args.rounds)]
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**vars(args), "rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**vars(args), "rows": rows}) + "\n")
     print(table(rows, all_cases))
+    print(weights_table(all_cases, args.seconds))
     try:
         plot(rows, all_cases, PLOT)
     except ModuleNotFoundError:

@@ -68,6 +68,15 @@ def idlest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
     return _least([(n + 1) / e.slots for e, n in zip(experts, busy, strict=True)], random)
 
 
+def weighted(weight: Callable[[Kind], float]) -> Policy:
+    """SRP's rule with other weights than the slots."""
+
+    def policy(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
+        return _least([(n + 1) / weight(e) for e, n in zip(experts, busy, strict=True)], random)
+
+    return policy
+
+
 def shortest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
     """Join the shortest queue, without weights."""
     return _least(list(busy), random)

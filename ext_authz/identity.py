@@ -6,11 +6,12 @@ Sources: RFC 7515 (JWS), RFC 7519 (JWT), RFC 8725 (JWT best current practices), 
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jwt
@@ -25,6 +26,7 @@ MAX_TOKEN = 16 * 1024  # bytes
 MAX_SUBJECT = 1024  # bytes
 MAX_DEPTH = 16
 _MAX_TIME = 2**53
+_HEADERS = 128  # to remember
 
 Keys = Mapping[str, tuple[Key, ...]]
 
@@ -34,6 +36,9 @@ _PART = re.compile(rb"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ ]+) *")
 _ALGORITHMS = get_default_algorithms()
+_STANDARD = bytes.maketrans(b"-_", b"+/")
+# The last characters that leave no bit unused, by the length of a part modulo 4 (RFC 4648 §3.5).
+_LAST = (bytes(range(128)), b"", b"AQgw", b"AEIMQUYcgkosw048")
 
 
 def token_of(request: Request) -> str | Refusal | None:
@@ -106,8 +111,14 @@ def _parse(token: str) -> _Parsed:
     parts = data.split(b".")
     if len(parts) != 3:
         raise _BadToken("the token does not have three parts")
-    header, claims, signature = map(_base64url, parts)
-    return _Parsed(_object(header, "header"), _object(claims, "payload"), data[: data.rindex(b".")], signature)
+    header, claims, signature = _header(parts[0]), _base64url(parts[1]), _base64url(parts[2])
+    return _Parsed(header, _object(claims, "payload"), data[: data.rindex(b".")], signature)
+
+
+@lru_cache(_HEADERS)
+def _header(part: bytes) -> Mapping[str, Any]:
+    """The header's object: an issuer's tokens share a few of them. (What raises is not remembered.)"""
+    return MappingProxyType(_object(_base64url(part), "header"))
 
 
 def _base64url(part: bytes) -> bytes:
@@ -115,10 +126,10 @@ def _base64url(part: bytes) -> bytes:
     if not _PART.fullmatch(part):
         raise _BadToken("a part of the token is not base64url")
     try:
-        data = base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
+        data = binascii.a2b_base64(part.translate(_STANDARD) + b"=" * (-len(part) % 4))
     except binascii.Error:
         raise _BadToken("a part of the token is not base64url") from None
-    if base64.urlsafe_b64encode(data).rstrip(b"=") != part:
+    if part[-1] not in _LAST[len(part) % 4]:
         raise _BadToken("a part of the token has unused bits set")
     return data
 

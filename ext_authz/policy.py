@@ -147,6 +147,7 @@ class Policy:
 
     `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts. `lease` is for how many
     seconds Envoy may repeat a decision, 0: not at all; an expert's own goes before it.
+    `claims_read` are the claims that some condition may read; None: any.
     """
 
     tiers: tuple[str, ...]
@@ -162,6 +163,7 @@ class Policy:
     digest: str = ""
     clusters: Mapping[str, str] = field(default_factory=dict)
     reads_request: bool = False
+    claims_read: frozenset[str] | None = None
     lease: float = 30.0
 
 
@@ -169,7 +171,7 @@ def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
     """The tier that verified claims earn (first rule that holds, else the lowest), and the rules that failed."""
     if not policy.clearance:
         return 0, ()
-    variables = context(claims)
+    variables = context(_read(policy, claims))
     errors: list[str] = []
     for rule in policy.clearance:
         truth = rule.when.holds(variables)
@@ -178,6 +180,13 @@ def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
         if truth is Truth.ERROR:
             errors.append(rule.when.where)
     return 0, tuple(errors)
+
+
+def _read(policy: Policy, claims: Claims) -> Claims:
+    """Those of the claims that a condition may read: to make CEL's values of the others would be dear and in vain."""
+    if policy.claims_read is None:
+        return claims
+    return {name: claims[name] for name in policy.claims_read if name in claims}
 
 
 def decide(
@@ -248,7 +257,7 @@ class _Bench:
             return None
         if self._variables is None:
             request = readable(self._request) if self._policy.reads_request else None
-            self._variables = context(self._caller.claims, request)
+            self._variables = context(_read(self._policy, self._caller.claims), request)
         truth = expert.allow.holds(self._variables)
         if truth is Truth.ERROR:
             self.errors.append(expert.allow.where)

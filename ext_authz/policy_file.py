@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from ext_authz import jwk, policy_source
 from ext_authz import policy_schema as schema
 from ext_authz.condition import VARIABLES, Condition, compile_condition
+from ext_authz.condition_reads import Members, members
 from ext_authz.gate import REQUESTED_CLUSTER
 from ext_authz.policy import (
     ClearanceRule,
@@ -138,12 +139,13 @@ class _Compiler:
         self._once(("tiers",), file.tiers)
         self._once(("log_claims",), file.log_claims)
         experts = {e.name: e for e in self._experts()}
+        clearance = tuple(self._clearance())
         return Policy(
             tiers=tuple(file.tiers),
             experts=MappingProxyType(experts),
             issuers=MappingProxyType({i.issuer: i for i in self._issuers()}),
             anonymous=None if file.anonymous == "deny" else self._tier(file.anonymous, ("anonymous",)),
-            clearance=tuple(self._clearance()),
+            clearance=clearance,
             gate=tuple(self._gate()) or DEFAULT_GATE,
             revoked=Revoked(frozenset(file.revoked.jti), frozenset(file.revoked.sub), file.revoked.issued_before),
             leeway=file.leeway,
@@ -151,6 +153,7 @@ class _Compiler:
             log_claims=tuple(file.log_claims),
             digest=self._source.digest,
             clusters=MappingProxyType({e.cluster: e.name for e in experts.values()}),
+            claims_read=_claims_read([*(r.when for r in clearance), *(e.allow for e in experts.values())]),
             reads_request=any(e.allow is not None and "request" in e.allow.reads for e in experts.values()),
             lease=file.lease,
         )
@@ -319,6 +322,16 @@ class _Compiler:
 
     def _line(self, path: policy_source.Path) -> int:
         return self._source.at(path)[0]
+
+
+def _claims_read(conditions: Iterable[Condition | None]) -> Members:
+    found: set[str] = set()
+    for condition in conditions:
+        read = frozenset() if condition is None else members(condition, "claims")
+        if read is None:
+            return None
+        found |= read
+    return frozenset(found)
 
 
 def _traffic(entry: schema.Expert) -> Traffic:

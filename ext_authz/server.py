@@ -28,6 +28,7 @@ MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of
 MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy answers 503
 DRAIN = 10.0  # seconds
 KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
+MAX_WAITING = 64  # checks that wait for keys; the rest is decided by those at hand, so that unknown ids hold up nobody
 
 log = logging.getLogger("srp.server")
 
@@ -68,6 +69,7 @@ class Authorization:
         self._clock = clock
         self.witness: Witness | None = None
         self._seen_errors: set[str] = set()
+        self._waiting = 0
 
     async def check(self, data: bytes, context: Any = None) -> bytes:
         """One serialised CheckRequest to one serialised CheckResponse. Never raises but for cancellation."""
@@ -103,8 +105,14 @@ class Authorization:
         return epoch.snapshot.reads if self.witness is None else None
 
     async def _fresh(self, issuer: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._keys.refresh(issuer), KEY_WAIT)
+        if self._waiting >= MAX_WAITING:
+            return
+        self._waiting += 1
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._keys.refresh(issuer), KEY_WAIT)
+        finally:
+            self._waiting -= 1
 
     def _count(self, decision: Decision, seconds: float) -> None:
         self._tally.decided(decision, seconds)

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from ext_authz.gate import MAX_NAMES, REQUESTED_CLUSTER
 from ext_authz.model import Decision, Reason, Request, Verdict
 from ext_authz.policy import TOKEN_HEADERS, Expert, Policy
+from ext_authz.recent import Recent
 from ext_authz.twin import twins
 
 _TWINS = twins(CheckRequest, CheckResponse)
@@ -34,6 +35,8 @@ _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() lea
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
 MAX_RETRIES = 10
+_SHAPES = 1024  # answers to remember that differ in more than the subject
+_SHAPE = 2048  # bytes of an ordinary one
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
@@ -67,7 +70,7 @@ def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
 class Writer:
     """Decisions of one policy to response bytes. What it makes of a decision lives as long as the decision does."""
 
-    __slots__ = ("_granted", "_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel", "_until")
+    __slots__ = ("_common", "_granted", "_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel", "_until")
 
     def __init__(self, policy: Policy, lease: str = "") -> None:
         """`lease` is the epoch that leases are granted in."""
@@ -76,6 +79,7 @@ class Writer:
         # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
         self._sentinel = secrets.token_hex(8)
         self._until = secrets.token_hex(7)[:_MILLISECONDS]  # likewise for a lease's end
+        self._common: Recent[tuple[object, ...], bytes] = Recent(_SHAPES)
         self._ids = count(secrets.randbits(64))
         self._ready: list[str] = []
         self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
@@ -93,8 +97,7 @@ class Writer:
         """A serialised CheckResponse with `decision_id`, or an id of its own."""
         parts = self._prepared.get(decision)
         if parts is None:
-            build = _ok if decision.serve else _denied
-            response = build(self._policy, decision, self._sentinel)
+            response = self._ok(decision) if decision.serve else _denied(self._policy, decision, self._sentinel)
             parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
         return (decision_id or self.new_id()).encode().join(parts)
 
@@ -102,7 +105,7 @@ class Writer:
         """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
         response = self._granted.get(decision)
         if response is None:
-            made = _ok(self._policy, decision, self._sentinel)
+            made = self._ok(decision)
             lease = made.dynamic_metadata.fields["lease"].struct_value.fields
             lease["epoch"].string_value = self._lease
             lease["expires"].string_value = self._until
@@ -114,8 +117,23 @@ class Writer:
             self._until.encode(), expires.encode()
         )
 
+    def _ok(self, decision: Decision) -> Any:
+        """Leave to pass. Callers of a tier differ in their subject only: the rest is made once for all of them."""
+        d = decision
+        shape = (d.verdict, d.reason, d.requested, d.serve, d.standby, d.unknown, d.caller_tier, bool(d.subject))
+        common = self._common.get(shape)
+        if common is None:
+            common = _ok(self._policy, d, self._sentinel).SerializeToString()
+            if not d.unknown:  # names that anybody can invent would fill the memory
+                self._common.keep(shape, common, 1 + len(common) // _SHAPE)
+        response = _CheckResponse.FromString(common)
+        if d.subject:
+            _set(response.ok_response.headers, {"x-srp-subject": quote(d.subject, safe=_VISIBLE)})
+        return response
+
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
+    """All but the subject."""
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
@@ -124,7 +142,6 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
         targets[i] += ";s"  # standby
     upstream = {
         "x-target-cluster": ",".join(targets),
-        "x-srp-subject": quote(decision.subject, safe=_VISIBLE),
         "x-srp-tier": decision.caller_tier or "",
         "x-srp-decision-id": decision_id,
         **_traffic(experts),

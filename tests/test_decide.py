@@ -296,6 +296,9 @@ def test_clearance_is_the_first_rule_that_holds(claims: dict[str, Any], tier: in
         ClearanceRule(rule('"staff" in claims.groups', "clearance[1].when"), MID),
     )
     assert clearance(replace(TABLE, clearance=rules), claims) == (tier, errors)
+    reads = replace(TABLE, clearance=rules, claims_read=frozenset({"plan", "groups"}))
+    odd = "name" in claims  # a claim that CEL cannot hold spoils only the rules that may read it
+    assert clearance(reads, claims) == ((HIGH, ()) if odd else (tier, errors))
 
 
 def test_no_clearance_rules_give_the_lowest_tier() -> None:

@@ -377,6 +377,21 @@ def test_the_smallest_policy() -> None:
     assert not found.clearance
 
 
+@pytest.mark.parametrize(
+    ("when", "allow", "read"),
+    [
+        ('claims.plan == "x"', 'claims.org == "y" && request.method == "GET"', {"plan", "org"}),
+        ("true", None, set()),
+        ("size(claims) > 3", 'claims.org == "y"', None),
+        ('claims.plan == "x"', 'claims[request.method] == "y"', None),
+    ],
+)
+def test_the_claims_that_conditions_read(when: str, allow: str | None, read: set[str] | None) -> None:
+    """Of all of them together; any claim if only one condition may read any."""
+    entry = {"tier": "low", "endpoints": ["a:1"], **({"allow": allow} if allow else {})}
+    assert policy(experts={"A": entry}, clearance=[{"when": when, "tier": "low"}]).claims_read == read
+
+
 def test_every_key_of_an_expert() -> None:
     """The traffic keys stand on the expert itself."""
     entry = {

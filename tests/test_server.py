@@ -279,6 +279,29 @@ def test_a_refresh_that_fails_is_a_denial() -> None:
     assert tally.rpc_errors == 1
 
 
+def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
+    """Over MAX_WAITING of them nobody waits for keys: the answer is that of the keys at hand."""
+
+    async def run() -> None:
+        gate = asyncio.Event()
+        service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
+        unknown = asks(authorization=bearer("new"))
+        slow = [asyncio.create_task(service.check(unknown)) for _ in range(server_module.MAX_WAITING)]
+        await asyncio.sleep(0)
+        assert answer(await service.check(unknown)) == (401, "invalid_token")
+        assert not any(s.done() for s in slow)
+        gate.set()
+        assert {answer(data) for data in await asyncio.gather(*slow)} == {(401, "invalid_token")}
+        waits = asyncio.create_task(service.check(unknown))
+        gate.clear()
+        await asyncio.sleep(0)
+        assert not waits.done()
+        gate.set()
+        await waits
+
+    asyncio.run(run())
+
+
 def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one check waits for keys, another is answered."""
     monkeypatch.setattr(server_module, "KEY_WAIT", 5)

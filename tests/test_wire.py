@@ -569,6 +569,34 @@ def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> Non
         assert answered.get("x-srp-unknown", "") == ",".join(dict.fromkeys(n for n in names if n != names[0]))
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([("A",), ("A", "B"), ("B", "A"), ("C",), ("C", "A"), ("A", "Z"), ("D",), ("E",)]),
+            st.sampled_from([Identity(0), Identity(1), CALLER, Identity(1, "bob"), Identity(0, "x\u00e9 %")]),
+            st.booleans(),
+        ),
+        max_size=20,
+    )
+)
+def test_what_is_made_once_for_many_callers_is_each_ones_own(asked: list[tuple[Any, Identity, bool]]) -> None:
+    """A writer that has answered others answers as a new one does, with and without a lease."""
+    experts = {**POLICY.experts, "E": Expert("E", 1, "e", downgrade_to=("A", "B"), unavailable="downgrade")}
+    policy = replace(POLICY, experts=experts)
+    used = Writer(policy, "epoch")
+    for names, caller, downgrade in asked:
+        decision = decide(policy, caller, names, GET, downgrade)
+        found, expected = (CheckResponse.parse(w.write(decision, "0" * 16)) for w in (used, Writer(policy, "epoch")))
+        assert found == expected
+        if decision.serve:
+            granted = [CheckResponse.parse(w.grant(decision, "0" * 16, 1e9)) for w in (used, Writer(policy, "epoch"))]
+            assert granted[0] == granted[1]
+            assert found.ok_response is not None
+            sent = {o.header.key: o.header.value for o in found.ok_response.headers if o.header}
+            assert unquote(sent.get("x-srp-subject", "")) == caller.subject
+            assert ("x-srp-subject" in found.ok_response.headers_to_remove) is (caller.subject == "")
+
+
 def test_an_answer_lives_as_long_as_its_decision() -> None:
     """The writer holds no decision that nobody else holds."""
     writer, kept = Writer(POLICY), asked("A")
