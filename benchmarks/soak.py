@@ -1,0 +1,125 @@
+"""Whether memory stays flat: millions of checks in this process, each with a token never seen before.
+
+The tokens are HS256, which costs next to nothing to sign, so that the time goes into the checks. One in ten has a bad
+signature, one in ten names an expert nobody has heard of, one in ten has a body. Every million checks there is a new
+epoch, as after a change of keys. Resident memory is told once the caches are full, in the middle and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import MappingProxyType
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
+from parts import rss
+
+from ext_authz import policy_file
+from ext_authz.check import Memory
+from ext_authz.jwk import secret_key
+from ext_authz.keys import KeyStore
+from ext_authz.metrics import Tally
+from ext_authz.policy import Policy
+from ext_authz.server import Authorization, Epoch
+from ext_authz.twin import twins
+
+SECRET = b"a secret of thirty-two bytes or more"
+ISSUER = "https://idp.example.com/"
+POLICY = f"""\
+version: 1
+tiers: [low, high]
+issuers:
+  - {{issuer: {ISSUER}, audiences: [soak], algorithms: [HS256], secret_file: secret}}
+anonymous: low
+clearance:
+  - {{when: 'claims.plan == "premium"', tier: high}}
+experts:
+  A: {{tier: low, cluster: expert-a, endpoints: ["127.0.0.1:9"]}}
+  C: {{tier: high, cluster: expert-c, endpoints: ["127.0.0.1:9"]}}
+gate:
+  - {{path: /route, json: /expert_names}}
+  - {{prefix: /, header: x-expert-names}}
+"""
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+HEADER = _b64(b'{"alg":"HS256"}')
+_Request = twins(CheckRequest)[CheckRequest]
+
+
+def asks(n: int, now: int) -> bytes:
+    """The n-th CheckRequest."""
+    claims = {
+        "iss": ISSUER,
+        "aud": "soak",
+        "sub": f"caller-{n}",
+        "exp": now + 3600,
+        "plan": "premium",
+        "n": "x" * (n % 50),
+    }
+    signed = f"{HEADER}.{_b64(json.dumps(claims).encode())}"
+    signature = hmac.digest(SECRET if n % 10 else b"another", signed.encode(), hashlib.sha256)
+    request = _Request()
+    http = request.attributes.request.http
+    http.method, http.path = "POST", "/route" if n % 10 == 1 else "/"
+    headers = {"authorization": f"Bearer {signed}.{_b64(signature)}", "x-request-id": str(n)}
+    if n % 10 == 1:
+        http.raw_body = b'{"expert_names": ["A", "C"]}'
+    else:
+        headers["x-expert-names"] = f"X{n},A" if n % 10 == 2 else "A,C"
+    for name, value in headers.items():
+        http.header_map.headers.add(key=name, raw_value=value.encode())
+    return bytes(request.SerializeToString())
+
+
+async def soak(checks: int, policy: Policy) -> list[int]:
+    """Resident memory in bytes: with full caches, in the middle, at the end."""
+    memory, keys = Memory(), MappingProxyType({ISSUER: (secret_key(SECRET),)})
+    tally = Tally()
+    authorization = Authorization(Epoch.of(memory.snapshot(policy, keys, 0)), KeyStore(), tally)
+    began, now = time.monotonic(), int(time.time())
+    told = {min(checks // 10, 200_000): "caches full", checks // 2: "middle", checks: "end"}
+    found = []
+    for n in range(1, checks + 1):
+        await authorization.check(asks(n, now))
+        if n % 1_000_000 == 0:
+            now = int(time.time())
+            authorization.epoch = Epoch.of(memory.snapshot(policy, keys, n))
+        if n in told:
+            found.append(rss())
+            print(
+                f"{told[n]:12} {n:>9,} checks {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
+                flush=True,
+            )
+    print({f"{v.value}/{r.value}": n for (v, r), n in sorted(tally.decisions.items())}, memory.uses)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", type=int, default=5_000_000, help="default: 5000000")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="srp-soak-") as made:
+        (Path(made) / "secret").write_bytes(SECRET)
+        policy = policy_file.parse(POLICY.encode(), base=Path(made))
+    start, *rest = asyncio.run(soak(args.checks, policy))
+    grown = max(rest) / start - 1
+    print(f"most after the start: {grown:+.1%}")
+    return 0 if grown <= 0.05 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
