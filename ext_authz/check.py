@@ -10,48 +10,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
+from typing import Protocol
 
 from ext_authz import gate, identity
 from ext_authz.identity import Keys
-from ext_authz.model import Decision, Identity, Refusal, Request, refuse
-from ext_authz.policy import TOKEN_HEADERS, Policy, decide
+from ext_authz.model import NOBODY, Decision, Identity, Outcome, Refusal, Request, refuse
+from ext_authz.policy import TOKEN_HEADERS, GateRule, Policy, decide
 from ext_authz.recent import Recent, Uses
 
 DOWNGRADE = "x-srp-downgrade"
 CACHED_TOKENS = 16_384
 CACHED_DECISIONS = 16_384
-MEMORIES = ("tokens", "decisions", "answers")  # of a Snapshot
-MAX_QUESTION = 4096  # characters of a request's path and headers, to be remembered
-_PLACE = 1024  # bytes of a token or characters of a question in an ordinary place of a memory
+MEMORIES = ("tokens", "decisions", "headings")  # of a Snapshot
+MAX_PATH = 1024  # characters; requests for longer paths are not remembered
+_PLACE = 1024  # bytes of a token in an ordinary place of a memory
 _PLACE_NAMES = 16  # experts that a decision names, asked and chosen, likewise
+_UNREAD = Request("", "", {})
 
-Question = tuple[str | None, ...]
+Heading = tuple[str, bytes]  # path without query, digest of the headers' exact text
+
+
+class Headed(Protocol):
+    """A request whose headers have not been looked at."""
+
+    heading: Heading
+
+    @property
+    def body(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the headers of a request say, when its body names the experts."""
+
+    caller: Identity
+    rule: GateRule
+    downgrade: bool
+
+
 Tokens = Recent[bytes, Identity]
-Decisions = Recent[tuple[Identity, tuple[str, ...], bool], Decision]
-Answers = Recent[Question, Decision]
+Decisions = Recent[tuple[Identity | tuple[int, tuple[str, ...]], tuple[str, ...], bool], Decision]
+Headings = Recent[Heading, Outcome | Asked]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One epoch: a policy, the keys it is read with, and what has been worked out under them (bounded)."""
+    """One epoch: a policy, the keys it is read with, and what has been worked out under them (bounded).
+
+    `reads` are the headers that a decision may read (None: any); `personal`: whether it may read the caller's claims.
+    """
 
     policy: Policy
     keys: Keys = field(default_factory=lambda: MappingProxyType({}))
     epoch: int = 0
     tokens: Tokens = field(default_factory=lambda: Recent(CACHED_TOKENS))
     decisions: Decisions = field(default_factory=lambda: Recent(CACHED_DECISIONS))
-    answers: Answers = field(default_factory=lambda: Recent(CACHED_DECISIONS))
+    headings: Headings = field(default_factory=lambda: Recent(CACHED_DECISIONS))
     anonymous: Identity | Refusal = field(init=False)
     reads: frozenset[str] | None = field(init=False)
+    personal: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anonymous", identity.anonymous(self.policy))
         object.__setattr__(self, "reads", headers_read(self.policy))
+        object.__setattr__(self, "personal", any(e.allow is not None for e in self.policy.experts.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What each epoch may remember: so many verified `tokens`, and decisions by either key; and how that was used."""
+    """What each epoch may remember: so many verified `tokens`, and `decisions` by either key; and how that was used."""
 
     tokens: int = CACHED_TOKENS
     decisions: int = CACHED_DECISIONS
@@ -61,50 +88,74 @@ class Memory:
         """A new epoch's, with nothing in it."""
         tokens = Recent[bytes, Identity](self.tokens, self.uses["tokens"])
         decisions: Decisions = Recent(self.decisions, self.uses["decisions"])
-        return Snapshot(policy, keys, epoch, tokens, decisions, Recent(self.decisions, self.uses["answers"]))
+        return Snapshot(policy, keys, epoch, tokens, decisions, Recent(self.decisions, self.uses["headings"]))
 
 
-def check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
-    """The decision on one request at `now` (seconds since the epoch).
+def check(snapshot: Snapshot, request: Request, now: float) -> Outcome | Refusal:
+    """The decision on one request at `now` (seconds since the epoch), and whose it is.
 
-    A Refusal comes back only when fresh keys of `Refusal.issuer` could change it; `refuse` makes it a decision.
+    A Refusal comes back only when fresh keys of `Refusal.issuer` could change it; `refused` makes it an outcome.
     """
-    question = question_of(snapshot, request)
-    if question is not None:
-        known = snapshot.answers.get(question)
-        if known is not None and now < known.expires:
-            return known
-    made = _check(snapshot, request, now)
-    if question is not None and isinstance(made, Decision) and lasting(snapshot.policy, made):
-        rule = gate.rule_for(snapshot.policy, request.path)
-        length = sum(len(t) for t in question if t)
-        if (rule is None or rule.pointer is None) and length <= MAX_QUESTION:
-            snapshot.answers.keep(question, made, _places(made) + length // _PLACE)
-    return made
-
-
-def question_of(snapshot: Snapshot, request: Request) -> Question | None:
-    """The exact text of all that a decision on `request` may read but for its body; None if that cannot be told."""
-    if snapshot.reads is None or request.repeated:
-        return None
-    return (request.path, *map(request.headers.get, snapshot.reads))
-
-
-def _check(snapshot: Snapshot, request: Request, now: float) -> Decision | Refusal:
     caller = identify(snapshot, request, now)
     if isinstance(caller, Refusal):
-        return caller if caller.issuer else refuse(caller)
+        return caller if caller.issuer else refused(caller)
     names = gate.read(snapshot.policy, request)
     if isinstance(names, Refusal):
-        return refuse(names, snapshot.policy.tiers[caller.tier])
+        return Outcome(refuse(names, snapshot.policy.tiers[caller.tier]), caller)
     downgrade = may_downgrade(request)
-    key = (caller, names, downgrade)
+    if snapshot.policy.reads_request:
+        return Outcome(decide(snapshot.policy, caller, names, request, downgrade), caller)
+    return Outcome(_decision(snapshot, caller, names, downgrade), caller)
+
+
+def refused(refusal: Refusal) -> Outcome:
+    """What a refusal of the caller comes to."""
+    return Outcome(refuse(refusal), NOBODY)
+
+
+def recall(snapshot: Snapshot, request: Headed, now: float) -> Outcome | None:
+    """What `check` would find, for a request whose headers `remember` has seen; None: ask `check`."""
+    known = snapshot.headings.get(request.heading)
+    if known is None or now >= known.caller.expires:
+        return None
+    if isinstance(known, Outcome):
+        return known
+    names = gate.in_body(known.rule, request.body)
+    if isinstance(names, Refusal):
+        return Outcome(refuse(names, snapshot.policy.tiers[known.caller.tier]), known.caller)
+    return Outcome(_decision(snapshot, known.caller, names, known.downgrade), known.caller)
+
+
+def remember(snapshot: Snapshot, heading: Heading, request: Request, outcome: Outcome) -> None:
+    """Remember the `outcome` of `check` on `request`, whose path and headers `heading` stands for.
+
+    If the names were in the body, what the headers say is remembered, and the body read anew each time.
+    """
+    decision, caller = outcome
+    if not _lasting(decision) or request.repeated or snapshot.policy.reads_request or len(request.path) > MAX_PATH:
+        return
+    rule = gate.rule_for(snapshot.policy, request.path)
+    if rule is None or rule.pointer is None:
+        snapshot.headings.keep(heading, outcome, _places(decision))
+    else:
+        snapshot.headings.keep(heading, Asked(caller, rule, may_downgrade(request)))
+
+
+def _decision(snapshot: Snapshot, caller: Identity, names: tuple[str, ...], downgrade: bool) -> Decision:
+    """A decision that reads nothing of the request, made once for all callers that it is the same for."""
+    who = caller if snapshot.personal else (caller.tier, caller.errors)
+    key = (who, names, downgrade)
     decision = snapshot.decisions.get(key)
     if decision is None:
-        decision = decide(snapshot.policy, caller, names, request, downgrade)
-        if lasting(snapshot.policy, decision):
+        decision = decide(snapshot.policy, caller, names, _UNREAD, downgrade)
+        if _lasting(decision):
             snapshot.decisions.keep(key, decision, _places(decision))
     return decision
+
+
+def _lasting(decision: Decision) -> bool:
+    """Whether it is worth remembering: names that anybody can invent would fill the memory."""
+    return bool(decision.requested) and not decision.unknown
 
 
 def _places(decision: Decision) -> int:
@@ -115,12 +166,6 @@ def _places(decision: Decision) -> int:
 def headers_read(policy: Policy) -> frozenset[str] | None:
     """The headers that `check` may look at under `policy`; None: any."""
     return None if policy.reads_request else gate.headers(policy).union(TOKEN_HEADERS, (DOWNGRADE,))
-
-
-def lasting(policy: Policy, decision: Decision) -> bool:
-    """Whether the same request has the same decision until `decision.expires`, and is worth remembering."""
-    # Names that anybody can invent would fill the memory; a rule may read what no key holds.
-    return bool(decision.requested) and not decision.unknown and not policy.reads_request
 
 
 def may_downgrade(request: Request) -> bool:

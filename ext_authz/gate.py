@@ -34,7 +34,7 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
     if rule.header is not None:
         return _from_header(policy, rule, request)
     if rule.pointer is not None:
-        return _from_body(rule, rule.pointer, request)
+        return _unreadable(request) or in_body(rule, request.body)
     return _default(rule)
 
 
@@ -66,7 +66,8 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
     return _checked([n for n in names if n], f"header {_shown(header)}")
 
 
-def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Names | Refusal:
+def _unreadable(request: Request) -> Refusal | None:
+    """Why its headers say that the body cannot be read, if they do."""
     encoding = request.headers.get(ENCODING, "identity")
     if ENCODING in request.repeated or encoding.strip().lower() != "identity":
         return _bad("the body is compressed")
@@ -74,10 +75,16 @@ def _from_body(rule: GateRule, pointer: tuple[str, ...], request: Request) -> Na
         return _bad("the body is incomplete")
     if CONTENT_TYPE in request.repeated or not _utf8(request.headers.get(CONTENT_TYPE, "")):
         return _bad("the body is declared to be in another charset than UTF-8")
-    if not request.body:
+    return None
+
+
+def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
+    """The names in a body whose headers say nothing against it."""
+    pointer = rule.pointer or ()
+    if not body:
         return _default(rule)
     try:
-        value = strict_json.loads(request.body, MAX_DEPTH)
+        value = strict_json.loads(body, MAX_DEPTH)
     except ValueError as e:
         return _bad(f"the body {e}")
     where = "body member /" + "/".join(pointer)

@@ -16,7 +16,7 @@ from envoy_data_plane.message_pool import default_message_pool
 
 from ext_authz.check import DOWNGRADE
 from ext_authz.gate import REQUESTED_CLUSTER, rule_for
-from ext_authz.model import Decision, Request
+from ext_authz.model import Decision, Outcome, Request
 from ext_authz.policy import TOKEN_HEADERS, GateRule, Policy
 from ext_authz.twin import twins
 
@@ -29,11 +29,12 @@ READ = frozenset({*TOKEN_HEADERS, DOWNGRADE, REQUESTED_CLUSTER})  # by any decis
 _TWINS = twins(TypedExtensionConfig, Lua)
 
 
-def grant(policy: Policy, decision: Decision, request: Request, now: float) -> float | None:
-    """Until when, in seconds since the epoch, Envoy may repeat `decision`, made at `now`; None if it may not.
+def grant(policy: Policy, outcome: Outcome, request: Request, now: float) -> float | None:
+    """Until when, in seconds since the epoch, Envoy may repeat the `outcome` of `now`; None if it may not.
 
     The length of the key is the filter's to judge.
     """
+    decision, caller = outcome
     if not decision.serve or decision.standby:  # who answers may change what the client is told
         return None
     rule = rule_for(policy, request.path)
@@ -42,7 +43,7 @@ def grant(policy: Policy, decision: Decision, request: Request, now: float) -> f
     if request.repeated and not request.repeated.isdisjoint(_read(rule)):
         return None
     seconds = _seconds(policy, decision)
-    return min(decision.expires, now + seconds) if seconds else None
+    return min(caller.expires, now + seconds) if seconds else None
 
 
 def filter_resource(script: str | None, policy: Policy, epoch: str, entries: int = ENTRIES) -> bytes:

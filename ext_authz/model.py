@@ -116,10 +116,10 @@ class Decision:
     """The outcome for one request. `serve` is empty exactly when `verdict` is DENY.
 
     `requested` are the known experts asked for, `unknown` the names dropped; `required_tier` is the lowest tier
-    among the requested experts struck out for their tier, None when none was. `subject` is the verified caller's.
-    `expires` is when the caller's token ends, in seconds since the epoch, leeway included. `standby` are permitted
-    experts that may serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows of.
-    Compared by object: what is remembered of a decision is remembered with it.
+    among the requested experts struck out for their tier, None when none was. `standby` are permitted experts that may
+    serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows of.
+    Nothing in it is the caller's own, so that it may be that of many. Compared by object: what is remembered of a
+    decision is remembered with it.
     """
 
     verdict: Verdict
@@ -131,15 +131,23 @@ class Decision:
     detail: str = ""
     required_tier: str | None = None
     caller_tier: str | None = None
-    subject: str = ""
     errors: tuple[str, ...] = ()
-    expires: float = inf
     standby: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:
         """The HTTP status of a denial; 200 for anything served."""
         return 200 if self.serve else STATUS[self.reason]
+
+
+NOBODY = Identity(0)  # whose a decision is that no caller was found for
+
+
+class Outcome(NamedTuple):
+    """A decision, and the caller it was made for."""
+
+    decision: Decision
+    caller: Identity
 
 
 def refuse(refusal: Refusal, caller_tier: str | None = None) -> Decision:

@@ -13,6 +13,10 @@ import cel
 
 from ext_authz.condition import Condition, Truth, context
 from ext_authz.model import Claims, Decision, Identity, Reason, Request, Struck, Verdict
+from ext_authz.recent import Recent
+
+_EARNED = 1024  # sets of claims whose tier is remembered
+_EARNED_BY = 512  # characters of such a set
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ class Policy:
 
     `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts. `lease` is for how many
     seconds Envoy may repeat a decision, 0: not at all; an expert's own goes before it.
-    `claims_read` are the claims that some condition may read; None: any.
+    `claims_read` are the claims that some condition may read; None: any. `earned` remembers the tier by those.
     """
 
     tiers: tuple[str, ...]
@@ -165,13 +169,29 @@ class Policy:
     reads_request: bool = False
     claims_read: frozenset[str] | None = None
     lease: float = 30.0
+    earned: Recent[str, tuple[int, tuple[str, ...]]] = field(
+        default_factory=lambda: Recent(_EARNED), compare=False, repr=False
+    )
 
 
 def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
     """The tier that verified claims earn (first rule that holds, else the lowest), and the rules that failed."""
     if not policy.clearance:
         return 0, ()
-    variables = context(_read(policy, claims))
+    if policy.claims_read is None:
+        return _clearance(policy, claims)
+    read = _read(policy, claims)
+    key = repr(read)  # tells all JSON values apart: 1, 1.0, True and "1" differ
+    if len(key) > _EARNED_BY:
+        return _clearance(policy, read)
+    known = policy.earned.get(key)
+    if known is None:
+        known = policy.earned[key] = _clearance(policy, read)
+    return known
+
+
+def _clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
+    variables = context(claims)
     errors: list[str] = []
     for rule in policy.clearance:
         truth = rule.when.holds(variables)
@@ -216,9 +236,8 @@ def decide(
     struck = tuple(s for n in requested if (s := bench.strike(n)))
     needed = [policy.experts[s.expert].tier for s in struck if s.reason is Reason.TIER_TOO_LOW]
     common: dict[str, Any] = {
-        "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier, "subject": caller.subject,
+        "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier,
         "required_tier": policy.tiers[min(needed)] if needed else None, "errors": (*caller.errors, *bench.errors),
-        "expires": caller.expires,
     }  # fmt: skip
     if serve == requested:
         return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, standby=standby, **common)

@@ -27,6 +27,10 @@ MAX_GATE = 256
 MAX_REVOKED = 100_000
 
 TARGET_CLUSTER = "x-target-cluster"
+UNSENT = (  # these, and `x-b3-*`, Envoy keeps to itself: `disallowed_headers` in envoy.yaml
+    "content-length", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-amzn-trace-id",
+    "x-cloud-trace-context",
+)  # fmt: skip
 RESERVED_CLUSTERS = frozenset({"none", "ext_authz"})
 
 _EXPECTED: dict[str, str] = {}  # pattern → what it stands for in a message
@@ -120,7 +124,7 @@ def is_cluster(name: str) -> bool:
 
 
 def _header(name: str) -> str:
-    if name in (*TOKEN_HEADERS, "host") or name.startswith(("x-srp-", "x-envoy-")):
+    if name in (*TOKEN_HEADERS, "host", *UNSENT) or name.startswith(("x-srp-", "x-envoy-", "x-b3-")):
         raise ValueError("which cannot name experts, expected a header such as `x-expert-names`")
     if name == REQUESTED_CLUSTER:
         raise ValueError(f"expected `{TARGET_CLUSTER}`, as the client sends it")

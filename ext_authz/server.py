@@ -1,4 +1,4 @@
-"""The gRPC server: Check, health and ADS on one socket. `wire.read → check → wire.write`, nothing else per request."""
+"""The gRPC server: Check, health and ADS on one socket. A request: `wire.parse`, `recall` or `check`, `wire.write`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ext_authz import leases, wire
-from ext_authz.check import Snapshot, check
+from ext_authz.check import Snapshot, check, recall, refused, remember
 from ext_authz.metrics import Tally
-from ext_authz.model import Decision, Refusal, Request, refuse
+from ext_authz.model import Decision, Refusal, Request
 
 SERVICE = "envoy.service.auth.v3.Authorization"
 MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of headers
@@ -77,27 +77,36 @@ class Authorization:
         epoch, now, request = self.epoch, self._clock(), _UNREAD
         decision_id = epoch.writer.new_id()
         try:
-            request = wire.read(data, self._wanted(epoch))
-            outcome = check(epoch.snapshot, request, now)
-            if isinstance(outcome, Refusal):
-                await self._fresh(outcome.issuer or "")
-                epoch, now = self.epoch, self._clock()
-                request = wire.read(data, self._wanted(epoch))
-                outcome = check(epoch.snapshot, request, now)
-                if isinstance(outcome, Refusal):
-                    outcome = refuse(outcome)
+            raw = wire.parse(data)
+            outcome = recall(epoch.snapshot, raw, now)
+            if outcome is None or self.witness is not None:
+                request = raw.request(self._wanted(epoch))
+            elif epoch.grants:
+                request = Request("", raw.heading[0], {})  # of one that is remembered no header came twice
+            if outcome is None:
+                made = check(epoch.snapshot, request, now)
+                if isinstance(made, Refusal):
+                    await self._fresh(made.issuer or "")
+                    epoch, now = self.epoch, self._clock()
+                    request = raw.request(self._wanted(epoch))
+                    made = check(epoch.snapshot, request, now)
+                outcome = refused(made) if isinstance(made, Refusal) else made
+                remember(epoch.snapshot, raw.heading, request, outcome)
+            decision, caller = outcome
             until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
             if until is None:
-                answer = epoch.writer.write(outcome, decision_id)
+                answer = epoch.writer.write(decision, decision_id, caller.subject)
             else:
-                answer = epoch.writer.grant(outcome, decision_id, until)
+                answer = epoch.writer.grant(decision, decision_id, until, caller.subject)
                 self._tally.leases += 1
         except Exception as e:  # noqa: BLE001 - the one broad except: whatever went wrong, the answer is no
             self._failed(e)
-            outcome, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL, decision_id)
-        self._count(outcome, time.perf_counter() - began)
+            decision, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL, decision_id)
+        self._tally.decided(decision, time.perf_counter() - began)
+        if decision.errors:
+            self._count_errors(decision)
         if self.witness is not None:
-            asyncio.get_running_loop().call_soon(self.witness, epoch.snapshot, request, outcome, decision_id, now)
+            asyncio.get_running_loop().call_soon(self.witness, epoch.snapshot, request, decision, decision_id, now)
         return answer
 
     def _wanted(self, epoch: Epoch) -> frozenset[str] | None:
@@ -114,13 +123,11 @@ class Authorization:
         finally:
             self._waiting -= 1
 
-    def _count(self, decision: Decision, seconds: float) -> None:
-        self._tally.decided(decision, seconds)
-        if decision.errors:
-            self._tally.condition_errors.update(decision.errors)
-            for where in set(decision.errors) - self._seen_errors:
-                self._seen_errors.add(where)
-                log.warning("condition %s could not be evaluated for a caller: counted as no match", where)
+    def _count_errors(self, decision: Decision) -> None:
+        self._tally.condition_errors.update(decision.errors)
+        for where in set(decision.errors) - self._seen_errors:
+            self._seen_errors.add(where)
+            log.warning("condition %s could not be evaluated for a caller: counted as no match", where)
 
     def _failed(self, error: Exception) -> None:
         """Log where it failed, not what: an exception's text may hold a part of the request."""

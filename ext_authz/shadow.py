@@ -117,7 +117,7 @@ class Shadow:
         if made.reason in (Reason.INTERNAL, Reason.KEYS_UNAVAILABLE):
             return Undecided.ACTIVE
         own = check(snapshot, request, now)
-        return Undecided.KEYS if isinstance(own, Refusal) else difference(made, own)
+        return Undecided.KEYS if isinstance(own, Refusal) else difference(made, own.decision)
 
     def _renew(self) -> None:
         if self._policy is None:

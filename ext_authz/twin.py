@@ -24,10 +24,11 @@ _SCALARS = {
 }  # fmt: skip
 
 
-def twins(*roots: type) -> dict[type, type[Message]]:
+def twins(*roots: type, opaque: frozenset[tuple[type, str]] = frozenset()) -> dict[type, type[Message]]:
     """upb message classes for `roots` and every message they reach, by envoy-data-plane class.
 
-    Enums become int32, which has the same wire form. Raises TypeError on a field that protobuf could not have.
+    Enums become int32, and the fields that `opaque` names bytes: the wire form is the same. Raises TypeError on a
+    field that protobuf could not have.
     """
     file = descriptor_pb2.FileDescriptorProto(name="srp/twin.proto", package=_PACKAGE, syntax="proto3")
     todo = list(roots)
@@ -37,7 +38,7 @@ def twins(*roots: type) -> dict[type, type[Message]]:
         if cls in seen:
             continue
         seen[cls] = f"M{len(seen)}_{cls.__name__}"
-        todo.extend(_describe(cls, file.message_type.add(name=seen[cls])))
+        todo.extend(_describe(cls, file.message_type.add(name=seen[cls]), opaque))
     names = {_reference(cls): f".{_PACKAGE}.{name}" for cls, name in seen.items()}
     for message in file.message_type:
         for field in (*message.field, *(f for nested in message.nested_type for f in nested.field)):
@@ -51,7 +52,7 @@ def twins(*roots: type) -> dict[type, type[Message]]:
     }
 
 
-def _describe(cls: type, message: descriptor_pb2.DescriptorProto) -> list[type]:
+def _describe(cls: type, message: descriptor_pb2.DescriptorProto, opaque: frozenset[tuple[type, str]]) -> list[type]:
     """Add the fields of `cls` to `message`; return the message classes they name."""
     hints = get_type_hints(cls)
     named: list[type] = []
@@ -60,6 +61,9 @@ def _describe(cls: type, message: descriptor_pb2.DescriptorProto) -> list[type]:
         meta = field.metadata["betterproto"]
         hint = _inner(hints[field.name])
         out = message.field.add(name=field.name, number=meta.number, label=_Field.LABEL_OPTIONAL)
+        if (cls, field.name) in opaque:
+            out.type = _Field.TYPE_BYTES
+            continue
         if meta.proto_type == "map":
             out.label, out.type = _Field.LABEL_REPEATED, _Field.TYPE_MESSAGE
             out.type_name = _map_entry(message, field.name, meta.map_meta, hint, named)

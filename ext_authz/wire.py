@@ -8,24 +8,28 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from functools import lru_cache
+from hashlib import blake2b
 from itertools import count, islice
 from typing import Any
 from urllib.parse import quote
-from weakref import WeakKeyDictionary
 
-from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction
-from envoy_data_plane.envoy.service.auth.v3 import CheckRequest, CheckResponse
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValueOptionHeaderAppendAction
+from envoy_data_plane.envoy.service.auth.v3 import AttributeContextHttpRequest, CheckRequest, CheckResponse
 from google.protobuf.message import DecodeError
 
+from ext_authz.check import Heading
 from ext_authz.gate import MAX_NAMES, REQUESTED_CLUSTER
 from ext_authz.model import Decision, Reason, Request, Verdict
 from ext_authz.policy import TOKEN_HEADERS, Expert, Policy
-from ext_authz.recent import Recent
 from ext_authz.twin import twins
 
-_TWINS = twins(CheckRequest, CheckResponse)
+# The headers stay bytes until somebody reads them.
+_OPAQUE = frozenset({(AttributeContextHttpRequest, "header_map")})
+_TWINS = twins(CheckRequest, CheckResponse, HeaderMap, opaque=_OPAQUE)
 _CheckRequest: Any = _TWINS[CheckRequest]
 _CheckResponse: Any = _TWINS[CheckResponse]
+_HeaderMap: Any = _TWINS[HeaderMap]
 _parse = _CheckRequest.FromString
 
 _UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
@@ -33,16 +37,49 @@ _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
-_MILLISECONDS = 13  # digits of a time in milliseconds, until the year 2286
+_PREPARED = 1024  # decisions whose answers are kept
+_SUBJECTS = 1024  # to remember
 MAX_RETRIES = 10
-_SHAPES = 1024  # answers to remember that differ in more than the subject
-_SHAPE = 2048  # bytes of an ordinary one
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
-def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
-    """The HTTP request inside a serialised CheckRequest, with its `wanted` headers or all. ValueError if it is none.
+class Raw:
+    """An HTTP request with its headers as Envoy sent them. `heading` stands for the path and the headers."""
+
+    __slots__ = ("_http", "heading")
+
+    def __init__(self, http: Any, heading: Heading) -> None:
+        self._http = http
+        self.heading = heading
+
+    @property
+    def body(self) -> bytes:
+        sent: bytes = self._http.raw_body or self._http.body.encode()
+        return sent
+
+    def request(self, wanted: frozenset[str] | None = None) -> Request:
+        """The request with its `wanted` headers, or all of them. ValueError if they cannot be read."""
+        try:
+            sent = _HeaderMap.FromString(self._http.header_map).headers
+        except DecodeError:
+            raise ValueError("not a CheckRequest") from None
+        headers: dict[str, str] = {}
+        repeated: list[str] = []
+        for header in sent:
+            name = header.key
+            if wanted is None or name in wanted:
+                if name in headers:
+                    repeated.append(name)
+                else:
+                    headers[name] = header.raw_value.decode("latin-1")
+        return Request(
+            self._http.method, self.heading[0], headers, self.body, frozenset(repeated) if repeated else _NONE
+        )
+
+
+def parse(data: bytes) -> Raw:
+    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
 
     Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
     """
@@ -50,27 +87,21 @@ def read(data: bytes, wanted: frozenset[str] | None = None) -> Request:
         http = _parse(data).attributes.request.http
     except DecodeError:
         raise ValueError("not a CheckRequest") from None
-    raw = http.header_map.headers
-    if not raw and http.headers:
+    head = http.header_map
+    if not head and http.headers:
         raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
-    headers: dict[str, str] = {}
-    repeated: list[str] = []
-    for header in raw:
-        name = header.key
-        if wanted is None or name in wanted:
-            if name in headers:
-                repeated.append(name)
-            else:
-                headers[name] = header.raw_value.decode("latin-1")
-    path = http.path.partition("?")[0]
-    body = http.raw_body or http.body.encode()
-    return Request(http.method, path, headers, body, frozenset(repeated) if repeated else _NONE)
+    return Raw(http, (http.path.partition("?")[0], blake2b(head, digest_size=32).digest()))
+
+
+def read(data: bytes) -> Request:
+    """The whole request inside a serialised CheckRequest. ValueError if it is none."""
+    return parse(data).request()
 
 
 class Writer:
-    """Decisions of one policy to response bytes. What it makes of a decision lives as long as the decision does."""
+    """Decisions of one policy to response bytes. What it has made of the latest decisions is kept."""
 
-    __slots__ = ("_common", "_granted", "_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel", "_until")
+    __slots__ = ("_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel")
 
     def __init__(self, policy: Policy, lease: str = "") -> None:
         """`lease` is the epoch that leases are granted in."""
@@ -78,12 +109,9 @@ class Writer:
         self._lease = lease
         # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
         self._sentinel = secrets.token_hex(8)
-        self._until = secrets.token_hex(7)[:_MILLISECONDS]  # likewise for a lease's end
-        self._common: Recent[tuple[object, ...], bytes] = Recent(_SHAPES)
         self._ids = count(secrets.randbits(64))
         self._ready: list[str] = []
-        self._prepared: WeakKeyDictionary[Decision, list[bytes]] = WeakKeyDictionary()
-        self._granted: WeakKeyDictionary[Decision, bytes] = WeakKeyDictionary()
+        self._prepared: dict[Decision, list[bytes]] = {}
 
     def new_id(self) -> str:
         """An id for one decision."""
@@ -93,47 +121,50 @@ class Writer:
             self._ready = [f"{n:016x}" for n in numbers]
         return self._ready.pop()
 
-    def write(self, decision: Decision, decision_id: str | None = None) -> bytes:
-        """A serialised CheckResponse with `decision_id`, or an id of its own."""
-        parts = self._prepared.get(decision)
-        if parts is None:
-            response = self._ok(decision) if decision.serve else _denied(self._policy, decision, self._sentinel)
-            parts = self._prepared[decision] = response.SerializeToString().split(self._sentinel.encode())
-        return (decision_id or self.new_id()).encode().join(parts)
+    def write(self, decision: Decision, decision_id: str | None = None, subject: str = "") -> bytes:
+        """A serialised CheckResponse with `decision_id`, or an id of its own, for a caller of that `subject`."""
+        parts = self._prepared.get(decision) or self._prepare(decision)
+        answer = (decision_id or self.new_id()).encode().join(parts)
+        return answer + _whose(subject) if decision.serve else answer
 
-    def grant(self, decision: Decision, decision_id: str, until: float) -> bytes:
+    def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "") -> bytes:
         """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
-        response = self._granted.get(decision)
-        if response is None:
-            made = self._ok(decision)
-            lease = made.dynamic_metadata.fields["lease"].struct_value.fields
-            lease["epoch"].string_value = self._lease
-            lease["expires"].string_value = self._until
-            for option in made.ok_response.headers:
-                lease["headers"].struct_value.fields[option.header.key].string_value = option.header.value
-            response = self._granted[decision] = made.SerializeToString()
-        expires = f"{int(until * 1000):0{_MILLISECONDS}d}"  # as text: its length is the sentinel's
-        return response.replace(self._sentinel.encode(), decision_id.encode()).replace(
-            self._until.encode(), expires.encode()
-        )
+        response = _CheckResponse.FromString(self.write(decision, decision_id, subject))
+        lease = response.dynamic_metadata.fields["lease"].struct_value.fields
+        lease["epoch"].string_value = self._lease
+        lease["expires"].string_value = str(int(until * 1000))
+        headers = lease["headers"].struct_value.fields
+        for option in response.ok_response.headers:
+            headers[option.header.key].string_value = option.header.value
+        return bytes(response.SerializeToString())
 
-    def _ok(self, decision: Decision) -> Any:
-        """Leave to pass. Callers of a tier differ in their subject only: the rest is made once for all of them."""
-        d = decision
-        shape = (d.verdict, d.reason, d.requested, d.serve, d.standby, d.unknown, d.caller_tier, bool(d.subject))
-        common = self._common.get(shape)
-        if common is None:
-            common = _ok(self._policy, d, self._sentinel).SerializeToString()
-            if not d.unknown:  # names that anybody can invent would fill the memory
-                self._common.keep(shape, common, 1 + len(common) // _SHAPE)
-        response = _CheckResponse.FromString(common)
-        if d.subject:
-            _set(response.ok_response.headers, {"x-srp-subject": quote(d.subject, safe=_VISIBLE)})
-        return response
+    def _prepare(self, decision: Decision) -> list[bytes]:
+        """The answer in the parts between which the id belongs."""
+        build = _ok if decision.serve else _denied
+        response = build(self._policy, decision, self._sentinel)
+        parts: list[bytes] = response.SerializeToString().split(self._sentinel.encode())
+        if len(self._prepared) >= _PREPARED:
+            self._prepared.clear()  # most requests have one of a few decisions: those are soon there again
+        self._prepared[decision] = parts
+        return parts
+
+
+@lru_cache(_SUBJECTS)
+def _whose(subject: str) -> bytes:
+    """What follows a serialised answer, to become part of it: that is how protobuf merges (its page "Encoding").
+
+    Without a subject a client's is removed: Envoy has done so already, this is the second lock.
+    """
+    response = _CheckResponse()
+    if subject:
+        _set(response.ok_response.headers, {"x-srp-subject": quote(subject, safe=_VISIBLE)})
+    else:
+        response.ok_response.headers_to_remove.append("x-srp-subject")
+    return bytes(response.SerializeToString())
 
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
-    """All but the subject."""
+    """All but what is the caller's own."""
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
@@ -148,8 +179,6 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     }
     _set(ok.headers, {name: value for name, value in upstream.items() if value})
     removed = [REQUESTED_CLUSTER, "x-srp-downgrade", *(() if policy.forward_token else TOKEN_HEADERS)]
-    if not decision.subject:
-        removed.append("x-srp-subject")  # Envoy has stripped the client's already; this is the second lock
     ok.headers_to_remove.extend(removed)
     _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
     if decision.standby:

@@ -23,6 +23,9 @@ from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally
 from ext_authz.policy import Policy
 from ext_authz.server import Authorization, Epoch
+from ext_authz.twin import twins
+
+_Response: Any = twins(CheckResponse)[CheckResponse]
 
 POLICY = f"""\
 version: 1
@@ -42,6 +45,11 @@ gate:
   - {{path: /route, json: /expert_names, default: [A, B]}}
   - {{prefix: /, header: x-expert-names}}
 """
+
+
+def response_of(data: bytes) -> CheckResponse:
+    """An answer as Envoy reads it: what comes twice in it is merged, where envoy-data-plane would keep the last."""
+    return CheckResponse.parse(_Response.FromString(data).SerializeToString())
 
 
 def write_policy(directory: Path, text: str = POLICY, name: str = "policy.yaml") -> Path:
@@ -86,7 +94,7 @@ def asks(
 
 def told(answer: bytes) -> dict[str, str]:
     """The headers that the client gets with this serialised CheckResponse."""
-    response = CheckResponse.parse(answer)
+    response = response_of(answer)
     ok, denied = response.ok_response, response.denied_response
     options = ok.response_headers_to_add if ok else denied.headers if denied else []
     return {o.header.key: o.header.value or o.header.raw_value.decode() for o in options if o.header}

@@ -14,6 +14,7 @@ import yaml
 
 from envoy_harness import ENVOY, HOST, Answer, Rig, rig
 from ext_authz.bootstrap import bootstrap, envoy_file
+from ext_authz.policy_schema import UNSENT
 
 TEMPLATE = envoy_file("envoy.yaml").read_text()
 PLACE: dict[str, Any] = {
@@ -331,3 +332,11 @@ def test_no_route_passes_without_ext_authz() -> None:
         assert "cluster" not in route["route"]
     assert [c["name"] for c in config["static_resources"]["clusters"]] == ["ext_authz"]
     assert "clearRouteCache" not in envoy_file("least_request.lua").read_text()
+
+
+def test_what_envoy_does_not_send_names_no_experts() -> None:
+    """A gate that read it would find nothing, and take the default list."""
+    manager = yaml.safe_load(TEMPLATE)["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]
+    authz = manager["typed_config"]["http_filters"][1]["typed_config"]
+    unsent = [*({"exact": name} for name in UNSENT), {"prefix": ":"}, {"prefix": "x-b3-"}]
+    assert sorted(map(str, authz["disallowed_headers"]["patterns"])) == sorted(map(str, unsent))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokens
-from ext_authz.check import DOWNGRADE, MAX_QUESTION, Memory, Snapshot, check, headers_read, identify
+from ext_authz.check import DOWNGRADE, MAX_PATH, Memory, Snapshot, check, headers_read, identify, recall, remember
 from ext_authz.condition import compile_condition
 from ext_authz.identity import Keys
 from ext_authz.jwk import parse_jwks
-from ext_authz.model import Decision, Identity, Reason, Refusal, Request, Verdict
+from ext_authz.model import Decision, Identity, Outcome, Reason, Refusal, Request, Verdict
 from ext_authz.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
 from ext_authz.recent import Recent, Uses
 from strategies import header_texts
@@ -61,8 +62,12 @@ def asks(names: str | None = "A", bearer: str | None = None, method: str = "GET"
 
 
 def decided(snapshot: Snapshot, request: Request, now: float = NOW) -> Decision:
+    return outcome(snapshot, request, now).decision
+
+
+def outcome(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
     found = check(snapshot, request, now)
-    assert isinstance(found, Decision), found
+    assert isinstance(found, Outcome), found
     return found
 
 
@@ -211,18 +216,33 @@ def test_a_new_policy_decides_anew() -> None:
 
 
 def test_a_decision_is_remembered_for_the_same_question() -> None:
-    """Same caller, names and downgrade: the same decision object. Any of them different: another."""
+    """Same tier, names and downgrade: the same decision object. Any of them different: another."""
     snapshot, bearer = Snapshot(POLICY, keys()), premium()
-    first = decided(snapshot, asks("C,A", bearer))
-    assert decided(snapshot, asks(" C , A ", bearer)) is first
+    first = outcome(snapshot, asks("C,A", bearer))
+    same = [
+        outcome(snapshot, asks(" C , A ", bearer)),
+        outcome(snapshot, asks("C,A", token(plan="premium", sub="bob", exp=NOW + 99))),
+    ]
+    assert [o.decision for o in same] == [first.decision] * 2
+    assert [(o.caller.subject, o.caller.expires) for o in same] == [("ada", NOW + 330), ("bob", NOW + 129)]
     others = [
         decided(snapshot, asks("A,C", bearer)),
         decided(snapshot, asks("C,A")),
-        decided(snapshot, asks("C,A", token(plan="premium", sub="bob"))),
+        decided(snapshot, asks("C,A", token())),
         decided(snapshot, asks("C,A", bearer, x_srp_downgrade="never")),
     ]
-    assert all(other is not first for other in others)
-    assert [o.subject for o in others] == ["ada", "", "bob", "ada"]
+    assert all(other is not first.decision for other in others)
+
+
+def test_where_conditions_read_claims_each_caller_has_decisions_of_its_own() -> None:
+    """Two callers of one tier, of whom an expert takes only one."""
+    ours = compile_condition('claims.sub == "ada"', "experts.A.allow", 1)
+    policy = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], allow=ours)})
+    snapshot = Snapshot(policy, keys())
+    for _ in range(2):
+        assert decided(snapshot, asks("A", token())).verdict is Verdict.ALLOW
+        assert decided(snapshot, asks("A", token(sub="bob"))).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, asks("A")).reason is Reason.NOT_ALLOWED
 
 
 def test_an_expired_token_has_no_remembered_decision() -> None:
@@ -254,13 +274,13 @@ def test_names_that_anybody_can_invent_are_not_remembered() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """Ever-new tokens and questions: each memory keeps its size, the newest stay, and what was dropped is counted."""
+    """Ever-new tokens, names and headers: each memory keeps its size, the newest stay, what was dropped is counted."""
     memory = Memory(tokens=3, decisions=2)
     snapshot = memory.snapshot(POLICY, keys(), 1)
-    for n in range(5):
-        decided(snapshot, asks("A", token(sub=f"caller-{n}")))
-    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.answers)) == (3, 2, 2)
-    assert memory.uses == {"tokens": Uses(0, 5, 2), "decisions": Uses(0, 5, 3), "answers": Uses(0, 5, 3)}
+    for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
+        answered(snapshot, asks(names, token(sub=f"caller-{n}")))
+    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.headings)) == (3, 2, 2)
+    assert memory.uses == {"tokens": Uses(0, 5, 2), "decisions": Uses(0, 5, 3), "headings": Uses(0, 5, 3)}
     newer = memory.snapshot(POLICY, keys(), 2)
     assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
 
@@ -276,12 +296,22 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
     assert [recent.get(k) for k in "acd"] == [4, None, 5]
 
 
-def test_long_questions_are_not_remembered() -> None:
-    """Headers padded to the limit, names that differ in spaces only: what anybody can make large is not kept."""
+def test_a_long_path_is_not_remembered() -> None:
+    """What anybody can make large is not kept."""
     snapshot = Snapshot(POLICY)
-    for n in range(MAX_QUESTION, MAX_QUESTION + 10):
-        assert decided(snapshot, asks("A" + " " * n)).serve == ("A",)
-    assert (len(snapshot.answers), len(snapshot.decisions)) == (0, 1)
+    for n in (MAX_PATH, MAX_PATH + 1):
+        request = asks("A")._replace(path="/".ljust(n, "x"))
+        assert answered(snapshot, request).decision.serve == ("A",)
+    assert len(snapshot.headings) == 1
+
+
+def test_a_repeated_header_is_not_remembered() -> None:
+    """What recalls a request may take it that none of the headers that matter came twice: leases rest on that."""
+    snapshot = Snapshot(POLICY)
+    for header in ("x-expert-names", "x-requested-cluster"):
+        asked = asks("A", x_requested_cluster="A")._replace(repeated=frozenset({header}))
+        answered(snapshot, asked)
+    assert len(snapshot.headings) == 0
 
 
 GATES = (
@@ -303,42 +333,69 @@ sent_headers = st.fixed_dictionaries(
 )
 
 
+bodies = st.sampled_from([b"", b'{"names": ["A"]}', b'{"names": "C"}', b'{"names": 1}', b"{}"])
+methods = st.sampled_from(["GET", "POST"])
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     headers: dict[str, Any] = draw(sent_headers)
     if caller := draw(st.sampled_from(CALLERS)):
         headers = {"authorization": f"Bearer {caller}", **headers}
     repeated = frozenset(n for n in headers if draw(st.integers(0, 9)) == 0)
-    bodies = [b"", b'{"names": ["A"]}', b'{"names": "C"}', b'{"names": 1}', b"{}"]
     path = draw(st.sampled_from(["/body", "/other/x", "/", "/body/"]))
-    return Request(draw(st.sampled_from(["GET", "POST"])), path, headers, draw(st.sampled_from(bodies)), repeated)
+    return Request(draw(methods), path, headers, draw(bodies), repeated)
 
 
-RED = compile_condition('request.headers["x-team"] == "red"', "experts.C.allow", 1)
+RED = compile_condition('request.headers["x-team"] == "red" && request.method == "GET"', "experts.C.allow", 1)
 ONCE = replace(POLICY, gate=GATES, experts={**EXPERTS, "C": replace(EXPERTS["C"], downgrade_to=("A",))})
 READER = replace(ONCE, experts={**EXPERTS, "C": replace(EXPERTS["C"], allow=RED)}, reads_request=True)
 
 
-@given(st.sampled_from([ONCE, READER]), st.lists(st.tuples(requests(), st.sampled_from([0, 20, 60])), max_size=25))
+@st.composite
+def repetitions(draw: st.DrawFn) -> list[tuple[Request, int]]:
+    """A few requests asked time and again, with another body or method now and then; and seconds that pass."""
+    few = draw(st.lists(requests(), min_size=1, max_size=3))
+    asked = []
+    for _ in range(draw(st.integers(2, 12))):
+        request = draw(st.sampled_from(few))
+        request = draw(st.sampled_from([request, request._replace(body=draw(bodies), method=draw(methods))]))
+        asked.append((request, draw(st.sampled_from([0, 0, 0, 20, 60]))))
+    return asked
+
+
+@given(st.sampled_from([ONCE, READER]), repetitions())
+@settings(max_examples=400)
 def test_what_was_asked_before_changes_no_answer(policy: Policy, asked: list[tuple[Request, int]]) -> None:
     """Any requests in any order, as time goes on: each gets what it would get if nothing had been asked before it.
 
-    And nothing but the headers that `headers_read` names makes a difference.
+    And no header makes a difference but those that `headers_read` names.
     """
     used, now = Snapshot(policy, keys()), NOW
     for request, later in asked:
         now = max(now, NOW + later)
-        reads = headers_read(policy)
-        kept = request._replace(
+        assert told(answered(used, request, now)) == told(outcome(Snapshot(policy, keys()), request, now))
+
+
+def told(of: Outcome) -> list[Any]:
+    caller = of.caller
+    whose = (caller.tier, caller.subject, caller.issuer, caller.claims, caller.expires, caller.errors)
+    return [whose, *(getattr(of.decision, f.name) for f in fields(of.decision))]
+
+
+def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
+    """As the server does it: recalled, or decided by the headers that are read, and remembered."""
+    heading = request.path, repr((request.headers, request.repeated)).encode()
+    known = recall(snapshot, SimpleNamespace(heading=heading, body=request.body), now)
+    if known is None:
+        reads = headers_read(snapshot.policy)
+        request = request._replace(
             headers={n: v for n, v in request.headers.items() if reads is None or n in reads},
             repeated=frozenset(n for n in request.repeated if reads is None or n in reads),
         )
-        fresh = check(Snapshot(policy, keys()), request, now)
-        assert told(check(used, kept, now)) == told(fresh)
-
-
-def told(outcome: Decision | Refusal) -> Any:
-    return outcome if isinstance(outcome, Refusal) else [getattr(outcome, f.name) for f in fields(outcome)]
+        known = outcome(snapshot, request, now)
+        remember(snapshot, heading, request, known)
+    return known
 
 
 def test_a_snapshot_that_is_replaced_is_freed() -> None:
@@ -359,7 +416,7 @@ def test_any_headers_give_a_decision(headers: dict[str, str], path: str, repeate
     """Whatever comes, there is an answer; with anything in a token header it is a denial, and nobody is let in."""
     found = check(Snapshot(POLICY, keys()), Request("GET", path, headers, repeated=frozenset(repeated)), NOW)
     if "authorization" in headers or "x-expert-access-token" in headers:
-        assert isinstance(found, Refusal) or found.reason is Reason.INVALID_TOKEN
-    if isinstance(found, Decision):
-        assert (found.serve == ()) == (found.verdict is Verdict.DENY)
-        assert set(found.serve) <= {"A"}
+        assert isinstance(found, Refusal) or found.decision.reason is Reason.INVALID_TOKEN
+    if isinstance(found, Outcome):
+        assert (found.decision.serve == ()) == (found.decision.verdict is Verdict.DENY)
+        assert set(found.decision.serve) <= {"A"}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from envoy_data_plane.envoy.service.auth.v3 import CheckResponse
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,7 @@ import tokens
 from conftest import demo_policy
 from ext_authz import leases, wire
 from ext_authz.check import check
-from ext_authz.model import Decision, Request
+from ext_authz.model import Outcome, Request
 from ext_authz.policy import Policy
 from ext_authz.serve import leasing
 from ext_authz.server import Epoch
@@ -487,10 +486,10 @@ def test_the_shortest_lease_counts(tmp_path: Path) -> None:
 def test_the_answer_with_a_grant_is_the_answer_without(tmp_path: Path) -> None:
     """But for the lease in its metadata, which holds exactly what the answer sets for the expert."""
     policy = asks.load_policy(tmp_path)
-    decision = decided(policy, 1e9, x_expert_names="D")
+    decision = decided(policy, 1e9, x_expert_names="D").decision
     writer = wire.Writer(policy, "the epoch")
-    plain = CheckResponse.parse(writer.write(decision, "0123456789abcdef"))
-    with_grant = CheckResponse.parse(writer.grant(decision, "0123456789abcdef", 1e9 + 1.5))
+    plain = asks.response_of(writer.write(decision, "0123456789abcdef"))
+    with_grant = asks.response_of(writer.grant(decision, "0123456789abcdef", 1e9 + 1.5))
     assert plain.dynamic_metadata is not None
     assert with_grant.dynamic_metadata is not None
     lease = with_grant.dynamic_metadata.fields.pop("lease").struct_value
@@ -512,8 +511,8 @@ def test_the_filter_and_the_server_agree_on_what_decisions_read_and_set(tmp_path
     assert listed(text, "READ") == leases.READ
     policy = asks.load_policy(tmp_path, ("C: {tier: high,", "C: {tier: high, retry_on: 5xx,"))
     caller = asks.token(plan="premium", sub="ada")
-    decision = decided(policy, time.time(), authorization=f"Bearer {caller}", x_expert_names="C,nobody")
-    answer = CheckResponse.parse(wire.Writer(policy).write(decision))
+    outcome = decided(policy, time.time(), authorization=f"Bearer {caller}", x_expert_names="C,nobody")
+    answer = asks.response_of(wire.Writer(policy).write(outcome.decision, subject=outcome.caller.subject))
     assert answer.ok_response is not None
     assert answer.dynamic_metadata is not None
     assert listed(text, "SET") == {o.header.key for o in answer.ok_response.headers if o.header}
@@ -665,9 +664,9 @@ def request_of(**headers: str) -> Request:
     return Request("GET", "/x", {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-def decided(policy: Policy, now: float, **headers: str) -> Decision:
+def decided(policy: Policy, now: float, **headers: str) -> Outcome:
     outcome = check(asks.snapshot(policy), request_of(**headers), now)
-    assert isinstance(outcome, Decision)
+    assert isinstance(outcome, Outcome)
     return outcome
 
 
@@ -676,7 +675,7 @@ def granted(policy: Policy, now: float, **headers: str) -> float | None:
 
 
 def metadata(answer: bytes) -> dict[str, Any]:
-    response = CheckResponse.parse(answer)
+    response = asks.response_of(answer)
     assert response.dynamic_metadata is not None
     return dict(response.dynamic_metadata.fields)
 

@@ -19,7 +19,7 @@ from ext_authz.check import check
 from ext_authz.cli import main
 from ext_authz.decision_record import Record, Scribe
 from ext_authz.difference import Difference
-from ext_authz.model import Decision, Reason, Verdict
+from ext_authz.model import Reason, Verdict
 from ext_authz.policy import Policy
 from ext_authz.policy_changes import Effect, changes
 from ext_authz.policy_diff import MAX_LINE, compare
@@ -281,8 +281,9 @@ def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: 
         found = replay(record)
         if isinstance(found, Outcome):
             actual = check(epoch, wire.read(call), time.time())
-            assert isinstance(actual, Decision)
-            assert (found.new.verdict, set(found.new.serve)) == (actual.verdict, set(actual.serve)), record
+            assert isinstance(actual, tuple)
+            made = actual.decision
+            assert (found.new.verdict, set(found.new.serve)) == (made.verdict, set(made.serve)), record
 
 
 def logged(policy: Policy, calls: list[bytes]) -> list[Record]:

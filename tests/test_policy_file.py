@@ -141,6 +141,10 @@ BROKEN = {
         "4:25: gate[0].header: found `authorization`, which cannot name experts, expected a header such as "
         "`x-expert-names`"
     ),
+    "gate_unsent_header": (
+        "4:25: gate[0].header: found `traceparent`, which cannot name experts, expected a header such as "
+        "`x-expert-names`"
+    ),
     "gate_unknown_default": "4:30: gate[0].default[1]: unknown expert `B`; expected `A`",
     "gate_unreachable": "5:5: gate[1]: never reached: gate[0] covers `/v1/chat` before it",
     "gate_upper_case_header": (
@@ -730,7 +734,8 @@ BEYOND_SCHEMA = (
     "cluster_of_other_name", "cluster_reserved", "cluster_twice", "condition_", "downgrade_to_itself",
     "downgrade_upwards", "duplicate_", "duration_too_long",
     "endpoint_bad_address", "endpoint_port_too_high", "endpoint_twice",
-    "gate_identity_header", "gate_path_not_normalized", "gate_requested_cluster", "gate_token_header",
+    "gate_identity_header", "gate_unsent_header", "gate_path_not_normalized", "gate_requested_cluster",
+    "gate_token_header",
     "gate_unknown_default", "gate_unreachable", "issuer_twice", "jwks_file_is_a_folder",
     "jwks_file_missing", "jwks_file_not_json", "jwks_file_other_algorithm", "jwks_file_private",
     "jwks_file_without_keys", "jwks_plain_http",

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction as AppendAction
-from envoy_data_plane.envoy.service.auth.v3 import CheckResponse
 
+import asks
 import policies
 from ext_authz import leases
-from ext_authz.model import Identity, Request
+from ext_authz.model import Identity, Outcome, Request
 from ext_authz.policy import Policy, decide
 from ext_authz.wire import Writer
 
@@ -53,13 +53,14 @@ def test_who_stands_in(
 
 def test_envoy_is_told_who_stands_in_and_that_the_verdict_depends_on_who_answers() -> None:
     it = policy()
-    decision = decide(it, Identity(HIGH, claims={"org": "acme"}), ["C"], ASK)
-    response = CheckResponse.parse(Writer(it).write(decision))
+    caller = Identity(HIGH, claims={"org": "acme"})
+    decision = decide(it, caller, ["C"], ASK)
+    response = asks.response_of(Writer(it).write(decision))
     assert response.ok_response is not None
     headers = {o.header.key: o.header.value for o in response.ok_response.headers if o.header}
     assert headers["x-target-cluster"] == "c;w=1;m=1024,b;w=3;m=1024;s,d;w=1;m=1024;s,a;w=1;m=1024;s"
     told = {o.header.key: o.append_action for o in response.ok_response.response_headers_to_add if o.header}
     absent = {"x-srp-decision", "x-srp-reason"}
     assert {k for k, v in told.items() if v == AppendAction.ADD_IF_ABSENT} == absent
-    assert leases.grant(it, decision, ASK, 0.0) is None
-    assert leases.grant(it, decide(it, Identity(HIGH), ["A"], ASK), ASK, 0.0) == 30.0
+    assert leases.grant(it, Outcome(decision, caller), ASK, 0.0) is None
+    assert leases.grant(it, Outcome(decide(it, caller, ["A"], ASK), caller), ASK, 0.0) == 30.0
