@@ -8,13 +8,15 @@ Source: RFC 7517 (JWK), RFC 7518 §6 (RSA and EC members), RFC 8037 §2 (OKP), a
 
 from __future__ import annotations
 
+import json
 import re
-from base64 import urlsafe_b64decode
+from base64 import b64decode, b64encode, urlsafe_b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 from jwt.exceptions import PyJWTError
 
@@ -113,6 +115,25 @@ def secret_key(data: bytes) -> Key:
     except PyJWTError:
         raise ValueError("is a public key, certificate or JWK, not a secret") from None
     return Key(None, algorithms, secret)
+
+
+def key_text(key: Key) -> str:
+    """A key that has been read, as ASCII text for another process of ours. It holds what verifies, secrets too."""
+    secret = isinstance(key.material, bytes)
+    form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    material = b64encode(key.material) if secret else key.material.public_bytes(*form)
+    return json.dumps([key.kid, sorted(key.algorithms), secret, material.decode()])
+
+
+def key_of_text(text: str) -> Key:
+    """The key that `key_text` wrote; ValueError for anything else."""
+    try:
+        kid, algorithms, secret, material = json.loads(text)
+        return Key(
+            kid, frozenset(algorithms), b64decode(material) if secret else load_pem_public_key(material.encode())
+        )
+    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm):
+        raise ValueError("is not a key") from None
 
 
 def _key(entry: Any) -> Key | None:

@@ -63,15 +63,16 @@ def load(path: Path) -> Policy:
     return parse(text, str(path), path.parent)
 
 
-def parse(text: str | bytes, name: str = "policy.yaml", base: Path = Path()) -> Policy:
+def parse(text: str | bytes, name: str = "policy.yaml", base: Path = Path(), *, key_files: bool = True) -> Policy:
     """The policy that `text` says; PolicyError, with every mistake that can be told, if it says none.
 
-    `name` is the file's name in messages. Paths in the policy are relative to `base`.
+    `name` is the file's name in messages. Paths in the policy are relative to `base`. `key_files` False: the files
+    with keys are not looked at.
     """
     mistakes = Mistakes(name)
     source = policy_source.read(text, mistakes)
     file, broken = _validated(source, mistakes)
-    policy = _Compiler(file, broken, source, mistakes, base).policy()
+    policy = _Compiler(file, broken, source, mistakes, base, key_files).policy()
     mistakes.finish()
     return policy
 
@@ -125,13 +126,14 @@ class _Compiler:
     """Compiles what is whole of a file, and adds to `mistakes` what refers to nothing or contradicts the rest."""
 
     def __init__(
-        self, file: schema.File, broken: frozenset[str], source: Source, mistakes: Mistakes, base: Path
+        self, file: schema.File, broken: frozenset[str], source: Source, mistakes: Mistakes, base: Path, key_files: bool
     ) -> None:
         self._file = file
         self._broken = broken
         self._source = source
         self._mistakes = mistakes
         self._base = base.absolute()
+        self._key_files = key_files
         self._tiers = {name: level for level, name in reversed(list(enumerate(file.tiers)))}
 
     def policy(self) -> Policy:
@@ -262,6 +264,8 @@ class _Compiler:
 
     def _keys(self, path: policy_source.Path, name: str, algorithms: frozenset[str]) -> None:
         """Whether the file holds a key for each algorithm of a secret, for any of a JWKS."""
+        if not self._key_files:
+            return
         file = self._base / name
         try:
             if not file.is_file():

@@ -3,6 +3,9 @@
 Make before break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or whose clusters
 Envoy refuses, changes nothing.
 
+Processes that decide beside this one (`Followers`) are sent each epoch, and a policy counts as in force only when none
+of them decides by an older one.
+
 Leases break before make: each epoch has a lease filter of its own, which reaches Envoy with the clusters. From the
 moment it is sent the old epoch grants nothing, and the new one grants only while every Envoy has its filter.
 """
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from ext_authz import leases, policy_file, policy_warnings
 from ext_authz.check import Memory
@@ -59,6 +63,16 @@ class Leasing:
     entries: int = leases.ENTRIES
 
 
+class Followers(Protocol):
+    """Other processes that decide by the epochs installed here."""
+
+    async def prepare(self, digest: str, text: bytes, path: Path) -> None:
+        """Have them compile a policy that may come into force."""
+
+    async def settled(self) -> None:
+        """Return when each of them decides by the newest epoch, or has ended."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sent:
     """What Envoy was last sent: clusters for one policy, and the lease filter `lease` of `version` for another."""
@@ -70,7 +84,10 @@ class _Sent:
 
 
 class Control:
-    """Keeps one policy in force. `install` is called with each new epoch. `leasing` None: no leases."""
+    """Keeps one policy in force. `install` is called with each new epoch, and hands it to the `followers`, too.
+
+    `leasing` None: no leases.
+    """
 
     def __init__(
         self,
@@ -80,6 +97,7 @@ class Control:
         install: Callable[[Epoch], None],
         leasing: Leasing | None = None,
         memory: Memory | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self._file = WatchedFile(path)
         self._keys = keys
@@ -87,10 +105,12 @@ class Control:
         self._install = install
         self._leasing = leasing
         self._memory = memory or Memory()
+        self._followers = followers
         self._policy: Policy | None = None
         self._epoch = 0
         self._active: Epoch | None = None
         self._sent: _Sent | None = None
+        self._digest = ""
         self._since = 0.0
         self._reloads = self._failures = 0
         self._error: str | None = None
@@ -103,8 +123,7 @@ class Control:
 
     @property
     def status(self) -> PolicyStatus:
-        digest = self._policy.digest if self._policy else ""
-        return PolicyStatus(digest, self._since, self._reloads, self._failures, self._error, self._warnings)
+        return PolicyStatus(self._digest, self._since, self._reloads, self._failures, self._error, self._warnings)
 
     @property
     def lease(self) -> str | None:
@@ -114,7 +133,8 @@ class Control:
     async def start(self) -> None:
         """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
         async with self._lock:
-            await self._adopt(await self._parse(await self._file.read() or b""))
+            text = await self._file.read() or b""
+            await self._adopt(await self._parse(text), text)
 
     async def watch(self) -> None:
         """Follow the file until cancelled."""
@@ -132,7 +152,7 @@ class Control:
             except (PolicyError, OSError) as e:
                 self._refuse(str(e))
                 return False
-            return await self._adopt(policy)
+            return await self._adopt(policy, text)
 
     async def close(self) -> None:
         """End what is still to come."""
@@ -145,8 +165,10 @@ class Control:
         path = self._file.path
         return await asyncio.to_thread(policy_file.parse, text, str(path), path.parent)
 
-    async def _adopt(self, policy: Policy) -> bool:
+    async def _adopt(self, policy: Policy, text: bytes) -> bool:
         old = self._policy
+        if self._followers is not None:
+            await self._followers.prepare(policy.digest, text, self._file.path)
         # Until the swap both policies' issuers are followed: the old one still answers.
         await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
         if self._drain is not None:
@@ -159,14 +181,17 @@ class Control:
                 await self._publish(old, old, self._active.lease if self._active else _new_lease())
             self._refuse(f"envoy refused the policy's clusters: {outcome.message}")
             return False
-        self._policy, self._error, self._since = policy, None, time.time()
+        self._policy = policy
+        self._renew(lease)
+        if self._followers is not None:
+            await self._followers.settled()
+        self._digest, self._error, self._since = policy.digest, None, time.time()
         self._reloads += old is not None
         self._warnings = tuple(policy_warnings.warnings(policy))
         if old is not None:
             self._warnings += tuple(policy_warnings.dropped(old, policy))
             if set(old.experts) - set(policy.experts):
                 self._drain = asyncio.create_task(self._drop_clusters(policy))
-        self._renew(lease)
         await self._keys.follow(policy.issuers.values())
         log.info("policy %s is in force (%s)", policy.digest, outcome.message or outcome.kind.value)
         for warning in self._warnings:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -17,46 +17,30 @@ import grpc
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from ext_authz import __version__, leases
+from ext_authz import __version__, leases, log_lines
 from ext_authz.bootstrap import envoy_file
-from ext_authz.check import MEMORIES, Memory, Snapshot
+from ext_authz.check import Memory, Snapshot
+from ext_authz.counts import Counts, add_up, counted
 from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.policy import Policy
 from ext_authz.reload import Control, Leasing
-from ext_authz.server import Authorization, Epoch, Server
+from ext_authz.server import SWITCH, Authorization, Epoch, Server
 from ext_authz.settings import Settings
 from ext_authz.status import StatusListener
 from ext_authz.witness import Witness
+from ext_authz.worker_endpoints import worker_endpoints
+from ext_authz.workers import Workers, sockets
 from ext_authz.xds import Ads
-
-SWITCH = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
 
 log = logging.getLogger("srp")
 
 _NOBODY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # until the first policy: refuses everyone
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a record, on one line whatever the record holds."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        entry = {
-            "time": f"{stamp}.{record.msecs:03.0f}Z", "level": record.levelname.lower(),
-            "logger": record.name, "message": record.getMessage(),
-        }  # fmt: skip
-        if record.exc_info and record.exc_info[0]:
-            entry["error"] = record.exc_info[0].__name__
-        return json.dumps(entry)
-
-
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. PolicyError or OSError if it cannot start."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change in the folder
+    log_lines.start(settings.log_level)
     # At the default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go of the
     # interpreter for a moment each round, never lets the log's writer have it.
     sys.setswitchinterval(SWITCH)
@@ -69,7 +53,7 @@ async def _serve(settings: Settings) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     began = time.time()
-    tally, ads = Tally(), Ads()
+    tally, ads = Tally(), Ads(fixed=worker_endpoints(sockets(settings)))
     async with AsyncExitStack() as stack:
         keys = KeyStore()
         stack.push_async_callback(keys.close)
@@ -78,34 +62,51 @@ async def _serve(settings: Settings) -> None:
         if witness is not None:
             stack.push_async_callback(witness.close)
             witness.start()
+        workers = Workers(settings, keys.refresh)
 
         def install(epoch: Epoch) -> None:
             authorization.epoch = epoch
+            workers.install(epoch)
             if witness is not None:
                 witness.beside(epoch.snapshot)
 
         memory = Memory(settings.cached_tokens, settings.cached_decisions)
-        control = Control(settings.policy, keys, ads, install, leasing(settings, witness), memory)
+        control = Control(settings.policy, keys, ads, install, leasing(settings, witness), memory, workers)
         stack.push_async_callback(control.close)
+        stack.push_async_callback(workers.stop, 0.0)
+        workers.start()
         await control.start()
 
+        def own() -> Counts:
+            return counted(tally, memory, authorization.epoch.snapshot)
+
         def report() -> dict[str, Any]:
-            return _report(began, control, keys, ads, tally) | (witness.report() if witness else {})
+            told = _report(began, control, keys, ads, add_up([own(), workers.counts()]))
+            told["workers"] = [_owner(began, authorization.epoch, own()), *workers.report()]
+            return told | (witness.report() if witness else {})
 
         def families() -> Iterator[Metric]:
+            total = add_up([own(), workers.counts()])
+            yield from total.tally().families()
             yield from _families(control, keys, ads)
-            yield from _memory_families(memory, authorization.epoch.snapshot)
+            yield from _cache_families(total)
+            yield gauge("srp_workers", "Processes that take checks.", 1 + workers.serving)
+            yield CounterMetricFamily("srp_worker_restarts", "Workers that were replaced.", value=workers.restarts)
 
         if settings.status is not None:
-            sources = (tally.families, families, *((witness.families,) if witness else ()))
-            status = StatusListener(*settings.status, registry(*sources), report)
+            sources = (families, *((witness.families,) if witness else ()))
+            status = StatusListener(*settings.status, registry(*sources), report, workers.fresh)
             await status.start()
             stack.push_async_callback(status.stop)
             log.info("status on http://%s:%d", settings.status[0], status.port)
         handlers: tuple[grpc.GenericRpcHandler, ...] = (authorization.handlers(), ads.handlers())
         server = Server(settings.listen, *handlers, max_concurrent=settings.max_concurrent)
         await server.start()
-        stack.push_async_callback(server.stop, settings.drain)
+
+        async def stop() -> None:
+            await asyncio.gather(server.stop(settings.drain), workers.stop(settings.drain))
+
+        stack.push_async_callback(stop)
         stack.push_async_callback(ads.close)
         log.info("srp %s listens on %s", __version__, server.address)
         watching = asyncio.create_task(control.watch())
@@ -129,7 +130,7 @@ def leasing(settings: Settings, witness: Witness | None) -> Leasing | None:
     return Leasing(envoy_file(leases.SCRIPT).read_text(), settings.lease_entries)
 
 
-def _report(began: float, control: Control, keys: KeyStore, ads: Ads, tally: Tally) -> dict[str, Any]:
+def _report(began: float, control: Control, keys: KeyStore, ads: Ads, total: Counts) -> dict[str, Any]:
     now = time.time()
     policy = dataclasses.asdict(control.status)
     policy["age_seconds"] = round(now - policy.pop("since"), 3)
@@ -139,10 +140,18 @@ def _report(began: float, control: Control, keys: KeyStore, ads: Ads, tally: Tal
         "policy": policy,
         "envoy": {"connected": ads.connected, "acknowledged": ads.acknowledged, "last_error": ads.last_error},
         "keys": [dataclasses.asdict(k) for k in keys.status()],
-        "decisions": {f"{verdict}/{reason}": n for (verdict, reason), n in sorted(tally.decisions.items())},
-        "rpc_errors": tally.rpc_errors,
-        "leases": {"on": control.lease is not None, "epoch": control.lease, "granted": tally.leases},
+        "decisions": {f"{verdict}/{reason}": n for verdict, reason, n in total.decisions},
+        "rpc_errors": total.rpc_errors,
+        "leases": {"on": control.lease is not None, "epoch": control.lease, "granted": total.leases},
     }
+
+
+def _owner(began: float, epoch: Epoch, counts: Counts) -> dict[str, Any]:
+    """This process as the first of the workers."""
+    return {
+        "worker": 0, "pid": os.getpid(), "age_seconds": round(time.time() - began, 3), "serving": True,
+        "epoch": epoch.snapshot.epoch, "checks": counts.checks, "restarts": 0,
+    }  # fmt: skip
 
 
 def _families(control: Control, keys: KeyStore, ads: Ads) -> Iterator[Metric]:
@@ -162,15 +171,14 @@ def _families(control: Control, keys: KeyStore, ads: Ads) -> Iterator[Metric]:
     yield failures
 
 
-def _memory_families(memory: Memory, snapshot: Snapshot) -> Iterator[Metric]:
+def _cache_families(total: Counts) -> Iterator[Metric]:
     entries = GaugeMetricFamily("srp_cache_entries", "What the epoch in force remembers.", labels=["cache"])
     hits = CounterMetricFamily("srp_cache_hits", "Found in the cache.", labels=["cache"])
     misses = CounterMetricFamily("srp_cache_misses", "Not found in the cache.", labels=["cache"])
     evictions = CounterMetricFamily("srp_cache_evictions", "Forgotten because the cache was full.", labels=["cache"])
-    for name in MEMORIES:
-        uses = memory.uses[name]
-        entries.add_metric([name], len(getattr(snapshot, name)))
-        hits.add_metric([name], uses.hits)
-        misses.add_metric([name], uses.misses)
-        evictions.add_metric([name], uses.evictions)
+    for name, use in total.caches.items():
+        entries.add_metric([name], use.entries)
+        hits.add_metric([name], use.hits)
+        misses.add_metric([name], use.misses)
+        evictions.add_metric([name], use.evictions)
     yield from (entries, hits, misses, evictions)

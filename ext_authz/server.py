@@ -29,6 +29,7 @@ MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy an
 DRAIN = 10.0  # seconds
 KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
 MAX_WAITING = 64  # checks that wait for keys; the rest is decided by those at hand, so that unknown ids hold up nobody
+SWITCH = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
 
 log = logging.getLogger("srp.server")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ext_authz.check import CACHED_DECISIONS, CACHED_TOKENS
+
+MAX_WORKERS = 64
+MAX_PATH = 100  # bytes of a socket's path
 
 _MIB = 1024 * 1024
 
@@ -29,6 +33,7 @@ class Settings:
     lease_entries: int = 4096
     cached_tokens: int = CACHED_TOKENS
     cached_decisions: int = CACHED_DECISIONS
+    workers: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -52,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("lease-entries", "4096", "leases that each of Envoy's worker threads may hold, twice over; 0: no leases")
     flag("cached-tokens", str(CACHED_TOKENS), "verified tokens to remember, some 2 KiB each")
     flag("cached-decisions", str(CACHED_DECISIONS), "decisions to remember, some 3 KiB each")
+    flag("workers", "1", "processes that decide, each with one core at most; the others listen on PATH.1, PATH.2, ...")
     flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
@@ -73,13 +79,30 @@ def read(args: argparse.Namespace) -> Settings:
     tokens = _number(args.cached_tokens, "--cached-tokens", 1, 10_000_000, mistakes)
     decisions = _number(args.cached_decisions, "--cached-decisions", 1, 10_000_000, mistakes)
     decision_log, shadow = (Path(f) if f else None for f in (args.decision_log, args.shadow_policy))
+    workers = _number(args.workers, "--workers", 1, MAX_WORKERS, mistakes)
+    if workers != int(workers):
+        mistakes.append(f"--workers: expected a whole number, found `{args.workers}`")
+    if workers > 1:
+        mistakes += _for_one(args)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(
         Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
         decision_log, int(size * _MIB), int(keep), shadow, int(entries),
-        int(tokens), int(decisions),
+        int(tokens), int(decisions), int(workers),
     )  # fmt: skip
+
+
+def _for_one(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot be had with several workers."""
+    if args.decision_log:
+        yield "--decision-log: needs --workers 1"
+    if args.shadow_policy:
+        yield "--shadow-policy: needs --workers 1"
+    if not args.listen.startswith("unix:"):
+        yield f"--listen: expected unix:PATH, as --workers is {args.workers}, found `{args.listen}`"
+    elif len(os.fsencode(args.listen.removeprefix("unix:"))) > MAX_PATH - len(f".{MAX_WORKERS}"):
+        yield f"--listen: with workers a socket's path is at most {MAX_PATH - len(f'.{MAX_WORKERS}')} bytes"
 
 
 def _address(text: str, flag: str, mistakes: list[str]) -> tuple[str, int] | None:

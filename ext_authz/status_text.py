@@ -50,9 +50,18 @@ def text(report: dict[str, Any]) -> str:
         )
         if key["last_error"]:
             rows.append(f"! {key['issuer']}: {key['last_error']}")
+    if len(report["workers"]) > 1:
+        rows += map(_worker, report["workers"])
     rows += [f"decided   {n:>9}  {name}" for name, n in report["decisions"].items()]
     rows += [f"{name:<9} {json.dumps(report[name])}" for name in ("shadow", "decision_log") if name in report]
     return "\n".join(rows)
+
+
+def _worker(worker: dict[str, Any]) -> str:
+    if not worker["serving"]:
+        return f"! worker {worker['worker']} takes no checks, replaced {worker['restarts']} times"
+    process = f"pid {worker['pid']}, up {_age(worker['age_seconds'])}, epoch {worker['epoch']}"
+    return f"worker    {worker['worker']}: {process}, {worker['checks']} checks, replaced {worker['restarts']} times"
 
 
 def _age(seconds: float) -> str:

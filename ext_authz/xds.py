@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -21,7 +22,7 @@ from google.protobuf.message import DecodeError
 from ext_authz.twin import twins
 
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
-MAX_TYPES = 16  # one stream may ask for; Envoy asks for two
+MAX_TYPES = 16  # one stream may ask for; Envoy asks for three
 SETTLE = 0.1  # seconds
 
 _TWINS = twins(DiscoveryRequest, DiscoveryResponse)
@@ -70,10 +71,12 @@ class Ads:
 
     `acknowledged` is the last version that all connected Envoys had. `last_error` is why an Envoy refused its
     resources, None again when newer ones are accepted. `on_change` is called when an Envoy answers, comes or goes.
+    `fixed` are types that every Envoy gets before those that are published, and that never change.
     """
 
-    def __init__(self, settle: float = SETTLE) -> None:
+    def __init__(self, settle: float = SETTLE, fixed: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})) -> None:
         self._settle = settle
+        self._fixed = fixed
         self._current: Resources | None = None
         self._restored: str | None = None  # the version put back after a refusal; its ACK is no reason to forget that
         self._streams: set[_Stream] = set()
@@ -99,6 +102,8 @@ class Ads:
 
         It is in force from now on, for Envoys that connect later too; but NACKED puts back in force what was before.
         """
+        if self._fixed:
+            resources = Resources.of({**self._fixed, **resources.types})
         async with self._publishing:
             before, self._current = self._current, resources
             self._wake()
@@ -110,7 +115,7 @@ class Ads:
                 self._current = before
                 self._restored = before.version if before else None
                 self._wake()
-            elif outcome.kind is Kind.ACKED and before and _clusters(before) != _clusters(resources):
+            elif outcome.kind is Kind.ACKED and before and self._clusters(before) != self._clusters(resources):
                 # An ACK says that the main thread accepted. A new cluster takes requests after its first health
                 # check, and no message tells when that is; a living expert answers it within milliseconds.
                 await asyncio.sleep(self._settle)
@@ -179,6 +184,10 @@ class Ads:
             if self.acknowledged != self._restored:
                 self.last_error = self._restored = None
         self.on_change()
+
+    def _clusters(self, resources: Resources) -> str | None:
+        """The version of the first type, which is the clusters': all that takes time to be of use after its ACK."""
+        return next((v for url, v in resources.versions.items() if url not in self._fixed), None)
 
     def _wake(self) -> None:
         for stream in self._streams:
@@ -262,11 +271,6 @@ class _Stream:
 
     def _subscribed(self, resources: Resources) -> list[tuple[str, _Subscription]]:
         return [(url, self._types[url]) for url in resources.types if url in self._types]
-
-
-def _clusters(resources: Resources) -> str | None:
-    """The version of the first type, which is the clusters': all that takes time to be of use after its ACK."""
-    return next(iter(resources.versions.values()), None)
 
 
 def _digest(*parts: bytes) -> str:
