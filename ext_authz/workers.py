@@ -28,7 +28,7 @@ from ext_authz.settings import Settings
 START = 120.0  # seconds until a worker must be ready to listen; many of them share the machine's cores
 PREPARE = 30.0  # seconds to compile a policy that the owner has compiled already
 ANSWER = 2.0  # seconds to take over an epoch
-ALIVE = 5.0  # seconds to say anything at all
+ALIVE = 3.0  # seconds to say anything at all
 FRESH = 1.0  # seconds that a report waits for the newest counts
 ASK = 1.0  # seconds between two questions for counts
 LOOK = 0.1  # seconds between two looks at who is late

@@ -27,7 +27,7 @@ def moved(**changes: Any) -> Any:
 
 
 def authz_address(config: Any) -> Any:
-    (cluster,) = config["static_resources"]["clusters"]
+    cluster = config["static_resources"]["clusters"][0]
     return cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
 
 
@@ -71,7 +71,7 @@ def test_ext_authz_may_be_a_path_or_an_address(socket: str, address: dict[str, A
 BROKEN = [
     ("name: http\n", "name: web\n", "has no static_resources.listeners.http.address"),
     ("admin:\n", "nimda:\n", "has no admin.address"),
-    ("- name: ext_authz\n", "- name: other\n", "has no static_resources.clusters.ext_authz.load_assignment"),
+    ("- name: ext_authz #", "- name: other #", "has no static_resources.clusters.ext_authz.load_assignment"),
     ("lb_endpoints:", "endpoints:", "has no static_resources.clusters.ext_authz.load_assignment.endpoints.0.lb"),
     ("least_request.lua", "most_request.lua", "loads no least_request.lua"),
 ]
@@ -330,7 +330,8 @@ def test_no_route_passes_without_ext_authz() -> None:
         assert set(route) == {"match", "route"}
         assert "inline_cluster_specifier_plugin" in route["route"]
         assert "cluster" not in route["route"]
-    assert [c["name"] for c in config["static_resources"]["clusters"]] == ["ext_authz"]
+    names = ["ext_authz", "ext_authz_workers", "ext_authz_any"]
+    assert [c["name"] for c in config["static_resources"]["clusters"]] == names
     assert "clearRouteCache" not in envoy_file("least_request.lua").read_text()
 
 

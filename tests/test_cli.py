@@ -124,6 +124,12 @@ MISTAKES = [
     (["serve", "--policy", "p", "--decision-log-keep", "x"], 2, "--decision-log-keep: expected a number from 0"),
     (["serve", "--policy", "p", "--decision-log", "nowhere/log"], 1, "No such file or directory: nowhere/log"),
     (["serve", "--policy", "nowhere/policy.yaml"], 1, "nowhere/policy.yaml"),
+    (["serve", "--policy", "p", "--workers", "65"], 2, "--workers: expected a number from 1 to 64, found `65`"),
+    (["serve", "--policy", "p", "--workers", "1.5"], 2, "--workers: expected a whole number, found `1.5`"),
+    (["serve", "--policy", "p", "--workers", "2", "--listen", "127.0.0.1:1"], 2, "--listen: expected unix:PATH"),
+    (["serve", "--policy", "p", "--workers", "2", "--listen", "unix:/" + "s" * 97], 2, "path is at most 97 bytes"),
+    (["serve", "--policy", "p", "--workers", "2", "--decision-log", "l"], 2, "--decision-log: needs --workers 1"),
+    (["serve", "--policy", "p", "--workers", "2", "--shadow-policy", "q"], 2, "--shadow-policy: needs --workers 1"),
 ]
 
 
