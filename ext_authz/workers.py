@@ -210,11 +210,15 @@ class Workers:
         self._living.add(worker)
         why = "it left"
         try:
+            if self._stopping:
+                process.kill()
             self._introduce(worker)
             while (message := await frames.read_to_owner(reader)) is not None:
                 self._hear(worker, message)
         except BadFrame as e:
             why = str(e)
+        except Exception as e:  # noqa: BLE001 - whatever went wrong, it is replaced
+            why = type(e).__name__
         finally:
             process.kill()
             code = await asyncio.shield(asyncio.to_thread(process.wait))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 import tokens
-from ext_authz.jwk import MAX_BYTES, MAX_KEYS, Key, parse_jwks, secret_key
+from ext_authz.jwk import MAX_BYTES, MAX_KEYS, Key, key_of_text, key_text, parse_jwks, secret_key
 
 RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
 ES256 = tokens.jwk("ES256")
@@ -269,6 +269,27 @@ def test_refuses_a_public_key_as_a_secret(kind: str) -> None:
     }[kind]
     with pytest.raises(ValueError, match="not a secret"):
         secret_key(data)
+
+
+# ---- for another process ----
+
+
+@pytest.mark.parametrize("alg", [*tokens.ALGORITHMS, "HS256"])
+def test_a_key_as_text_is_the_same_key(alg: str) -> None:
+    """Its name, even a hostile one, what it may verify, and what it verifies with."""
+    kid = "\ud800\n" if alg == "ES256" else None
+    published = {} if alg == "HS256" else {"keys": [tokens.jwk(alg, kid=kid)]}
+    found = secret_key(bytes(range(40))) if alg == "HS256" else parse_jwks(json.dumps(published).encode())[0]
+    again = key_of_text(key_text(found))
+    assert key_text(found).isascii()
+    assert (again.kid, again.algorithms) == (found.kid, found.algorithms)
+    assert again.material == found.material
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '[null, ["ES256"], false, "x"]', '[null, ["ES256"], false, 1]'])
+def test_another_text_is_no_key(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a key"):
+        key_of_text(text)
 
 
 def test_the_hostile_tokens_are_as_hostile_as_they_say() -> None:

@@ -122,6 +122,27 @@ def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> Non
     play(scene)
 
 
+def test_what_is_fixed_is_sent_first_and_with_everything() -> None:
+    """It needs no publication of its own, and is no news with the next."""
+
+    async def run() -> None:
+        ads = Ads(settle=0, fixed={"endpoints": (b"fixed",)})
+        async with served(ads) as connect:
+            await ads.publish(ONE)
+            envoy = connect()
+            await envoy.ask("endpoints")
+            response = await envoy.read()
+            assert (response.type_url, [r.value for r in response.resources]) == ("endpoints", [b"fixed"])
+            await envoy.ack(response)
+            await envoy.ask()
+            assert await acked(envoy) == ONE.versions[CLUSTERS]
+            task = await publishing(ads, TWO)
+            assert await acked(envoy) == TWO.versions[CLUSTERS]
+            assert (await task).kind is Kind.ACKED
+
+    asyncio.run(run())
+
+
 def test_publish_ends_when_every_envoy_has_acknowledged() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
