@@ -32,6 +32,7 @@ ALIVE = 3.0  # seconds to say anything at all
 FRESH = 1.0  # seconds that a report waits for the newest counts
 ASK = 1.0  # seconds between two questions for counts
 LOOK = 0.1  # seconds between two looks at who is late
+HELD_UP = 1.0  # seconds between two looks that tell that the owner itself was held up
 BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds until a worker is replaced
 STEADY = 10.0  # seconds that a worker lives, for its end to be taken for the first
 LAST = 2.0  # seconds beyond the drain that a worker has to end
@@ -73,6 +74,11 @@ class _Worker:
     def send(self, data: bytes) -> None:
         if not self.writer.is_closing():
             self.writer.write(data)
+
+    def wait_anew(self, now: float) -> None:
+        """What it has said meanwhile may not have been heard."""
+        self.behind = self.behind and now
+        self.asked = self.asked and now
 
     def late(self, now: float) -> str | None:
         """Why it is not to be waited for any longer."""
@@ -277,17 +283,20 @@ class Workers:
     # ---- all of them ----
 
     async def _watch(self) -> None:
-        """Ask for counts, and end whoever is late."""
-        asked = 0.0
-        while True:
+        """Ask for counts, and end whoever is late. No more of that once they are to stop."""
+        asked, looked = 0.0, time.monotonic()
+        while not self._stopping:
             await asyncio.sleep(LOOK)
             now = time.monotonic()
             if now - asked >= ASK:
                 asked = now
                 self._ask()
             for worker in list(self._living):
+                if now - looked > HELD_UP:
+                    worker.wait_anew(now)
                 if why := worker.late(now):
                     self._kill(worker, why)
+            looked = now
 
     def _ask(self) -> int:
         self._asked += 1

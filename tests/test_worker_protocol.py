@@ -285,6 +285,7 @@ async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(workers, "_spawn", spawn)
     monkeypatch.setattr(workers, "BACKOFF", 0.02)
+    monkeypatch.setattr(workers, "LAST", 0.05)
     it = Workers(Settings(directory / "policy.yaml", f"unix:{directory}/s", workers=2), refresh)
     it.start()
     try:
@@ -338,6 +339,25 @@ def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.
             assert not it._is_settled()
             await it.settled()
             assert process.returncode == -9
+
+    asyncio.run(play())
+
+
+def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said while it could not hear counts."""
+    script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(TOLD)"
+    script = script.replace("TOLD", repr(frame(frames.Told(1, None))))
+    for name, seconds in (("ASK", 0.01), ("LOOK", 0.01), ("ALIVE", 0.2), ("HELD_UP", 0.1)):
+        monkeypatch.setattr(workers, name, seconds)
+
+    async def play() -> None:
+        async with owned(tmp_path, script, monkeypatch) as it:
+            it.install(Epoch.of(Snapshot(policy_file.parse(POLICY, key_files=False))))
+            await until(lambda: bool(it._deciding()))
+            for _ in range(3):
+                time.sleep(0.3)
+                await asyncio.sleep(0.05)
+            assert it.restarts == 0
 
     asyncio.run(play())
 

@@ -211,9 +211,9 @@ def test_a_worker_that_is_killed_costs_no_request_and_is_replaced(team: System) 
 
     async def story() -> Answers:
         async with load(team, "A") as answers:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.2)
             os.kill(victim["pid"], signal.SIGKILL)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)
             await asyncio.to_thread(complete, team)
         return answers
 
