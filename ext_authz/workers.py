@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ext_authz import frames, jwk
+from ext_authz import frames, jwk, worker_process
 from ext_authz.counts import Counts, add_up, ended
 from ext_authz.frames import BadFrame
 from ext_authz.server import Epoch, unix_path
 from ext_authz.settings import Settings
+from ext_authz.worker_process import Place, WorkerProcess, reported
 
-START = 120.0  # seconds until a worker must be ready to listen; many of them share the machine's cores
 PREPARE = 30.0  # seconds to compile a policy that the owner has compiled already
-ANSWER = 2.0  # seconds to take over an epoch
-ALIVE = 3.0  # seconds to say anything at all
 FRESH = 1.0  # seconds that a report waits for the newest counts
 ASK = 1.0  # seconds between two questions for counts
 LOOK = 0.1  # seconds between two looks at who is late
@@ -40,65 +33,14 @@ LAST = 2.0  # seconds beyond the drain that a worker has to end
 log = logging.getLogger("srp.workers")
 
 
-@dataclass(eq=False, slots=True)
-class _Place:
-    """A worker's socket, and the counts of those that were there before."""
-
-    number: int
-    path: Path
-    restarts: int = 0
-    past: Counts = field(default_factory=Counts)
-
-
-@dataclass(eq=False, slots=True)
-class _Worker:
-    """One process. `listens` from when it is told to: from then on it may be deciding.
-
-    Times are those of `time.monotonic`; None where there is nothing to wait for.
-    """
-
-    place: _Place
-    process: subprocess.Popen[bytes]
-    writer: asyncio.StreamWriter
-    began: float
-    listens: bool = False
-    serving: bool = False
-    compiled: set[str] = field(default_factory=set)
-    installed: int = 0
-    epoch: int = 0
-    told: int = 0
-    behind: float | None = None
-    asked: float | None = None
-    counts: Counts = field(default_factory=Counts)
-
-    def send(self, data: bytes) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(data)
-
-    def wait_anew(self, now: float) -> None:
-        """What it has said meanwhile may not have been heard."""
-        self.behind = self.behind and now
-        self.asked = self.asked and now
-
-    def late(self, now: float) -> str | None:
-        """Why it is not to be waited for any longer."""
-        if not self.listens:
-            return f"was not ready in {START:g} s" if now - self.began > START else None
-        if self.behind is not None and now - self.behind > ANSWER:
-            return f"did not take over an epoch in {ANSWER:g} s"
-        if self.asked is not None and now - self.asked > ALIVE:
-            return f"has not answered for {ALIVE:g} s"
-        return None
-
-
 class Workers:
     """The workers of one server. `refresh` looks for newer keys of an issuer. Without places it does nothing."""
 
     def __init__(self, settings: Settings, refresh: Callable[[str], Awaitable[object]]) -> None:
         self._settings = settings
         self._refresh = refresh
-        self._places = [_Place(n, path) for n, path in enumerate(sockets(settings)[1:], 1)]
-        self._living: set[_Worker] = set()
+        self._places = [Place(n, path) for n, path in enumerate(sockets(settings)[1:], 1)]
+        self._living: set[WorkerProcess] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._refreshing: set[asyncio.Task[None]] = set()
         self._policies: dict[str, bytes] = {}  # framed, by digest: of the newest epoch, and the one to come
@@ -186,11 +128,11 @@ class Workers:
     def report(self) -> list[dict[str, Any]]:
         """Each worker, for `/status`; `checks` are those of its predecessors, too."""
         living = {w.place: w for w in self._living}
-        return [_reported(place, living.get(place)) for place in self._places]
+        return [reported(place, living.get(place)) for place in self._places]
 
     # ---- one worker ----
 
-    async def _keep(self, place: _Place) -> None:
+    async def _keep(self, place: Place) -> None:
         """Have a worker at `place`, and another when it ends."""
         backoff = BACKOFF
         while not self._stopping:
@@ -205,14 +147,14 @@ class Workers:
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF)
 
-    async def _live(self, place: _Place) -> str:
+    async def _live(self, place: Place) -> str:
         """The life of one worker; how it ended."""
         try:
-            process, link = await asyncio.to_thread(_spawn, place.path)
+            process, link = await asyncio.to_thread(worker_process.spawn, place.path)
         except OSError as e:
             return f"it cannot be started: {e}"
         reader, writer = await asyncio.open_unix_connection(sock=link)
-        worker = _Worker(place, process, writer, time.monotonic())
+        worker = WorkerProcess(place, process, writer, time.monotonic())
         self._living.add(worker)
         why = "it left"
         try:
@@ -236,7 +178,7 @@ class Workers:
             self._progress.set()
         return f"{why}, status {code}"
 
-    def _introduce(self, worker: _Worker) -> None:
+    def _introduce(self, worker: WorkerProcess) -> None:
         settings = self._settings
         start = frames.Start(
             worker.place.number, f"unix:{worker.place.path}", settings.max_concurrent, settings.cached_tokens,
@@ -248,7 +190,7 @@ class Workers:
         if self._epoch is not None:
             worker.send(frames.frame(self._epoch))
 
-    def _hear(self, worker: _Worker, message: frames.ToOwner) -> None:
+    def _hear(self, worker: WorkerProcess, message: frames.ToOwner) -> None:
         match message:
             case frames.Compiled():
                 worker.compiled.add(message.digest)
@@ -266,7 +208,7 @@ class Workers:
                 task.add_done_callback(self._refreshing.discard)
         self._progress.set()
 
-    def _has_installed(self, worker: _Worker, message: frames.Installed) -> None:
+    def _has_installed(self, worker: WorkerProcess, message: frames.Installed) -> None:
         worker.installed, worker.epoch = message.order, message.epoch
         newest = message.order == self._order
         worker.behind = None if newest else time.monotonic()
@@ -274,7 +216,7 @@ class Workers:
             worker.listens = True
             worker.send(frames.frame(frames.Listen()))
 
-    async def _refresh_for(self, worker: _Worker, issuer: str) -> None:
+    async def _refresh_for(self, worker: WorkerProcess, issuer: str) -> None:
         try:
             await self._refresh(issuer)
         finally:
@@ -307,12 +249,12 @@ class Workers:
                 worker.asked = now
         return self._asked
 
-    def _kill(self, worker: _Worker, why: str) -> None:
+    def _kill(self, worker: WorkerProcess, why: str) -> None:
         if worker.process.poll() is None:
             log.error("worker %d (pid %d) %s: killed", worker.place.number, worker.process.pid, why)
             worker.process.kill()
 
-    def _deciding(self) -> list[_Worker]:
+    def _deciding(self) -> list[WorkerProcess]:
         return [w for w in self._living if w.listens]
 
     def _is_settled(self) -> bool:
@@ -343,28 +285,3 @@ def sockets(settings: Settings) -> Sequence[Path]:
 
 def _policy_frame(digest: str, text: bytes, path: Path) -> bytes:
     return frames.frame(frames.PolicyText(digest, text.decode(), str(path.absolute())))
-
-
-def _spawn(listen: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A new worker, and this side of its socket. Its modules come from where this process has them from."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-P", "-m", "ext_authz.worker", str(listen)]
-        modules = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        environment = {**os.environ, "PYTHONPATH": modules}
-        process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)  # noqa: S603 - our own command line
-    return process, ours
-
-
-def _reported(place: _Place, worker: _Worker | None) -> dict[str, Any]:
-    past = place.past.checks
-    if worker is None:
-        return {
-            "worker": place.number, "pid": None, "age_seconds": None, "serving": False, "epoch": None,
-            "checks": past, "restarts": place.restarts,
-        }  # fmt: skip
-    return {
-        "worker": place.number, "pid": worker.process.pid, "age_seconds": round(time.monotonic() - worker.began, 3),
-        "serving": worker.serving, "epoch": worker.epoch, "checks": past + worker.counts.checks,
-        "restarts": place.restarts,
-    }  # fmt: skip

@@ -19,7 +19,7 @@ import pytest
 
 import tokens
 from asks import POLICY, asks, told
-from ext_authz import frames, policy_file, workers
+from ext_authz import frames, policy_file, worker_process, workers
 from ext_authz.check import MEMORIES, Memory, Snapshot
 from ext_authz.counts import CacheUse, Counts, add_up, counted, ended
 from ext_authz.frames import BadFrame, frame, read_to_owner, read_to_worker
@@ -149,7 +149,7 @@ class Owner:
 
     def __init__(self, listen: Path) -> None:
         self.listen = listen
-        self.process, self.link = workers._spawn(listen)
+        self.process, self.link = worker_process.spawn(listen)
         self.link.settimeout(20)
         self._file = self.link.makefile("rb")
 
@@ -283,7 +283,7 @@ async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
     async def refresh(_: str) -> None:
         pass
 
-    monkeypatch.setattr(workers, "_spawn", spawn)
+    monkeypatch.setattr(worker_process, "spawn", spawn)
     monkeypatch.setattr(workers, "BACKOFF", 0.02)
     monkeypatch.setattr(workers, "LAST", 0.05)
     it = Workers(Settings(directory / "policy.yaml", f"unix:{directory}/s", workers=2), refresh)
@@ -326,7 +326,7 @@ def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
 def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that decides, and takes over no second epoch, is dead when the owner calls that epoch settled."""
     script = f"link.send({frame(frames.Installed(1, 1))!r}); time.sleep(60)"
-    monkeypatch.setattr(workers, "ANSWER", 0.3)
+    monkeypatch.setattr(worker_process, "ANSWER", 0.3)
     policy = policy_file.parse(POLICY, key_files=False)
 
     async def play() -> None:
@@ -347,7 +347,8 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
     """What was said while it could not hear counts."""
     script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(TOLD)"
     script = script.replace("TOLD", repr(frame(frames.Told(1, None))))
-    for name, seconds in (("ASK", 0.01), ("LOOK", 0.01), ("ALIVE", 0.2), ("HELD_UP", 0.1)):
+    monkeypatch.setattr(worker_process, "ALIVE", 0.2)
+    for name, seconds in (("ASK", 0.01), ("LOOK", 0.01), ("HELD_UP", 0.1)):
         monkeypatch.setattr(workers, name, seconds)
 
     async def play() -> None:
