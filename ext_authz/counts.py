@@ -47,12 +47,11 @@ class Counts:
 
     def tally(self) -> Tally:
         """The counts as a server keeps them."""
-        tally = Tally()
+        tally = Tally(self.latency, self.latency_sum)
         tally.decisions.update({(verdict, reason): n for verdict, reason, n in self.decisions})
         tally.experts.update(self.experts)
         tally.condition_errors.update(self.condition_errors)
         tally.rpc_errors, tally.leases = self.rpc_errors, self.leases
-        tally.latency, tally.latency_sum = list(self.latency), self.latency_sum
         return tally
 
 

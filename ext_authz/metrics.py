@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from ext_authz.model import Decision
 
 BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)  # seconds
+_NONE = (0,) * (len(BUCKETS) + 1)
 _TOGETHER = 256  # decisions that are counted at a time, which costs a third of one by one
 
 
@@ -29,12 +30,12 @@ class Tally:
         "rpc_errors",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, latency: Iterable[int] = _NONE, latency_sum: float = 0.0) -> None:
         self._new: list[tuple[Decision, float]] = []
         self._decisions: Counter[tuple[str, str]] = Counter()
         self._experts: Counter[str] = Counter()
-        self._latency = [0] * (len(BUCKETS) + 1)
-        self._latency_sum = 0.0
+        self._latency = list(latency)
+        self._latency_sum = latency_sum
         self.condition_errors: Counter[str] = Counter()
         self.rpc_errors = 0
         self.leases = 0
@@ -58,10 +59,16 @@ class Tally:
         return self._experts
 
     @property
-    def latency(self) -> tuple[list[int], float]:
-        """Decisions by `BUCKETS` (one more for what took longer), and the seconds that all took together."""
+    def latency(self) -> list[int]:
+        """Decisions by `BUCKETS`, one more for what took longer."""
         self._count()
-        return self._latency, self._latency_sum
+        return self._latency
+
+    @property
+    def latency_sum(self) -> float:
+        """Seconds that all decisions took together."""
+        self._count()
+        return self._latency_sum
 
     def _count(self) -> None:
         new, self._new = self._new, []
@@ -95,12 +102,11 @@ class Tally:
         yield CounterMetricFamily("srp_leases", "Decisions that Envoy may repeat for a while.", value=self.leases)
         yield CounterMetricFamily("srp_rpc_errors", "Checks denied by an unexpected error.", value=self.rpc_errors)
         total, buckets = 0, []
-        latency, latency_sum = self.latency
-        for bound, n in zip((*map(str, BUCKETS), "+Inf"), latency, strict=True):
+        for bound, n in zip((*map(str, BUCKETS), "+Inf"), self.latency, strict=True):
             total += n
             buckets.append((bound, total))
         yield HistogramMetricFamily(
-            "srp_check_seconds", "Time to decide, in seconds.", buckets=buckets, sum_value=latency_sum
+            "srp_check_seconds", "Time to decide, in seconds.", buckets=buckets, sum_value=self.latency_sum
         )
 
 
