@@ -17,6 +17,7 @@ local MAX_KEY = 4096 -- bytes
 local MAX_LEASE = 8192 -- bytes of a key and all that is kept with it
 local MAX_PENDING = 1024 -- misses that await their answer
 local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
+local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, well under those that a new epoch waits for
 
 -- What decisions read besides the path and the gate's header.
 local READ = { "authorization", "x-expert-access-token", "x-requested-cluster", "x-srp-downgrade" }
@@ -139,18 +140,17 @@ local function find(handle, key)
   end
 end
 
--- Whether ext_authz would take the body. Of a request that does not tell its length, only whether there is a body can
--- be known here: `body` is nil at once if not, and waits for the whole of it if so. Nothing is done after a wait.
-local function fits(handle, headers)
-  local length = headers:get("content-length")
-  if length then
-    local bytes = tonumber(length)
-    return bytes ~= nil and bytes <= MAX_BODY
-  end
-  return handle:body() == nil
+-- Whether the request is whole within MAX_WAIT, the lease still good, and the body one that ext_authz would take, which
+-- waits for the whole, too: a slow sender must not keep an expert busy meanwhile, nor a lease alive beyond its epoch.
+local function whole(handle, lease)
+  local began = handle:timestamp()
+  local body = handle:body() -- at once, and no value, if there is none
+  local now = handle:timestamp()
+  return (not body or body:length() <= MAX_BODY) and began <= now and now <= began + MAX_WAIT and valid(lease, now)
 end
 
-local function repeat_decision(handle, headers, lease)
+local function repeat_decision(handle, lease)
+  local headers = handle:headers() -- those of before a wait are out of use
   for i = 1, #SET do
     local value = lease.headers[SET[i]]
     if value then
@@ -172,15 +172,14 @@ local function repeat_decision(handle, headers, lease)
 end
 
 function envoy_on_request(handle)
-  local headers = handle:headers()
-  local key = key_of(headers)
+  local key = key_of(handle:headers())
   if not key then
     return
   end
   local lease = find(handle, key)
   if lease then
-    if fits(handle, headers) then
-      repeat_decision(handle, headers, lease)
+    if whole(handle, lease) then
+      repeat_decision(handle, lease)
       count(handle, "hits", 1)
     end
     return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
-import subprocess
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,17 +19,21 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import asks
+import ext_authz.reload
+import slow
 import tokens
 from conftest import demo_policy
 from ext_authz import leases, wire
 from ext_authz.check import check
+from ext_authz.clusters import TYPE_CLUSTER
 from ext_authz.model import Decision, Request
 from ext_authz.policy import Policy
 from ext_authz.serve import leasing
 from ext_authz.server import Epoch
 from ext_authz.settings import Settings
+from ext_authz.xds import Resources
 from leased import Answer, Leased, Proxy, leased, wait_for, without_leases
-from system import system
+from system import HOST, free_ports, system
 
 PREMIUM = tokens.sign(tokens.claims(plan="premium"))
 FREE = tokens.sign(tokens.claims(plan="free"))
@@ -179,33 +183,74 @@ def test_an_expert_cannot_speak_for_us(it: Leased, proxy: Proxy) -> None:
 
 
 def test_a_body_beyond_the_limit_finds_no_lease(proxy: Proxy) -> None:
-    """413 with a warm lease as without; a body of unknown length is read by ext_authz as ever."""
-    assert proxy.leased(experts="A", method="POST", body=b"{}")
-    assert proxy.send(experts="A", method="POST", body=b"x" * 70_000).status == 413
-    assert proxy.send(experts="A", method="POST", body=b"x" * 70_000, chunked=True).status == 413
-    warm = proxy.send(experts="A").id
-    chunked = proxy.send(experts="A", method="POST", body=b"x" * 100, chunked=True)
-    assert (chunked.status, chunked.id == warm) == (200, False)
+    """413 with a warm lease as without, whether the body tells its length or not."""
+    warm = proxy.send(experts="A", method="POST", body=b"{}").id
+    for chunked in (False, True):
+        assert proxy.send(experts="A", method="POST", body=b"x" * 60_000, chunked=chunked).id == warm
+        assert proxy.send(experts="A", method="POST", body=b"x" * 70_000, chunked=chunked).status == 413
+        assert proxy.send(experts="A", method="POST", body=b"x" * 200_000, chunked=chunked).status == 413
+    assert proxy.counters()["errors"] == 0
 
 
-def test_http_2_without_a_length(it: Leased, proxy: Proxy, tmp_path: Path) -> None:
-    """A request without a body is leased; one with a body that does not tell its length is not."""
+NAMES_A = {"x-expert-names": "A"}
+TRAILERS = slow.frame(slow.HEADERS, slow.END_HEADERS | slow.END_STREAM, slow.literal({"x-t": "1"}))
+LAST_DATA = slow.frame(slow.DATA, slow.END_STREAM, b"12345")
 
-    def curl(*flags: str, body: bytes = b"") -> tuple[str, str]:
-        command = ["curl", "-s", "--http2-prior-knowledge", "-o", "-", "-D", str(tmp_path / "headers"), *flags]
-        command += ["-H", "x-expert-names: A", f"http://127.0.0.1:{proxy.port}/x"]
-        subprocess.run(command, input=body, check=False, capture_output=True, timeout=10)
-        lines = (tmp_path / "headers").read_text().splitlines() or ["HTTP/2 reset"]
-        found = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return lines[0].split()[1], found.get("x-srp-decision-id", "")
+IN_PIECES: list[tuple[str, list[bytes]]] = [
+    ("a body", slow.http1({**NAMES_A, "content-length": "10"}, b"12345", b"67890")),
+    ("a body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"5\r\n12345\r\n", b"0\r\n\r\n")),
+    ("an empty body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"0\r\n\r\n")),
+    ("HTTP/2: a body", slow.http2({**NAMES_A, "content-length": "5"}, LAST_DATA)),
+    ("HTTP/2: a body of unknown length", slow.http2(NAMES_A, LAST_DATA)),
+    ("HTTP/2: an empty body", slow.http2(NAMES_A, slow.frame(slow.DATA, slow.END_STREAM))),
+    ("HTTP/2: trailers and no body", slow.http2(NAMES_A, TRAILERS)),
+    ("HTTP/2: a body and trailers", slow.http2(NAMES_A, slow.frame(slow.DATA, 0, b"12345"), TRAILERS)),
+]
 
-    first = curl()
-    assert curl() == first
-    status, decision_id = curl("-T", "-", body=b"x" * 100)
-    assert (status, decision_id == first[1]) == ("200", False)
+
+@pytest.mark.parametrize(("name", "pieces"), IN_PIECES, ids=[n for n, _ in IN_PIECES])
+def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, pieces: list[bytes]) -> None:
+    """It is leased if it is there at once. If not, ext_authz decides when it is, and no expert waits for it."""
+    warm, served = proxy.send(experts="A").id, it.upstream.seen
+
+    def decided(pause: float) -> str:
+        before = len(served)
+        with slow.sent(proxy.port, pieces, pause):
+            wait_for(lambda: len(served) > before, "an answer")
+        return served[-1].headers["x-srp-decision-id"]
+
+    wait_for(lambda: decided(0) == warm, "a hit")
+    with slow.sent(proxy.port, pieces[:-1]):
+        before = len(served)
+        time.sleep(0.05)
+        assert len(served) == before
+    assert decided(0.05) != warm
+    assert proxy.counters()["errors"] == 0
+
+
+def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
+    """HTTP/2 frames of another length than `content-length` reach no expert, lease or not."""
+    assert proxy.leased(experts="A")
     served = len(it.upstream.seen)
-    assert curl("-T", "-", body=b"x" * 200_000)[0] in {"413", "reset"}
+    for length in ("3", "8"):
+        with slow.sent(proxy.port, slow.http2({**NAMES_A, "content-length": length}, LAST_DATA)):
+            time.sleep(0.05)
     assert len(it.upstream.seen) == served
+
+
+def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
+    """503 of a dead expert: the same with a lease as without."""
+    (dead,) = free_ports(1)
+    it.swap(
+        it.text.replace(
+            f'expert-b, endpoints: ["{HOST}:{it.upstream.port}"]', f'expert-b, endpoints: ["{HOST}:{dead}"]'
+        )
+    )
+    it.granting()
+    first, second = proxy.send(experts="B"), proxy.send(experts="B")
+    assert first.status == 503
+    assert first.id == second.id != ""
+    assert (told(first), first.headers["retry-after"]) == (told(second), second.headers["retry-after"])
 
 
 # ---- what ends a lease ----
@@ -293,6 +338,75 @@ def test_a_policy_without_leases_ends_them(it: Leased, proxy: Proxy) -> None:
     assert not proxy.leased(experts="T")
 
 
+def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None:
+    """Its head came with the lease, its end after it: 401."""
+    stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
+    assert proxy.leased(token=stolen, experts="C")
+    pieces = slow.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
+    served, hits = len(it.upstream.seen), proxy.counters()["disabled"]
+    with slow.sent(proxy.port, pieces[:-1]) as connection:
+        it.swap(it.text + "revoked: {jti: [stolen]}\n")
+        decided = it.decided
+        connection.sendall(pieces[-1])
+        wait_for(lambda: it.decided > decided, "the decision")
+        time.sleep(0.05)
+    assert (len(it.upstream.seen), proxy.counters()["disabled"]) == (served, hits)
+
+
+def test_a_check_under_way_when_its_key_goes(it: Leased, proxy: Proxy) -> None:
+    """It was decided by the old keys and is answered so, but nobody repeats it."""
+    decided, it.held = it.decided, asyncio.Event()
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            late = pool.submit(proxy.send, token=PREMIUM, experts="C")
+            wait_for(lambda: it.decided > decided, "the decision")
+            it.rotate("new")
+            it.loop._loop.call_soon_threadsafe(it.held.set)
+            assert late.result(10).status == 200
+        it.held = None
+        assert proxy.send(token=PREMIUM, experts="C").status == 401
+    finally:
+        it.held = None
+        it.rotate("")
+
+
+def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old policy stays with its epoch: what was leased is, and more is granted."""
+    warm, epoch = proxy.send(experts="A").id, it.control.lease
+    good = ext_authz.reload.cluster_resources
+    broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # of a discovery type that there is not
+    answers = iter([broken])
+    monkeypatch.setattr(ext_authz.reload, "cluster_resources", lambda policy: next(answers, None) or good(policy))
+    it.policy.write_text(it.text + "# refused\n")
+    assert not it.run(it.control.reload())
+    assert "refused" in (it.control.status.error or "")
+    it.granting()
+    assert it.control.lease == epoch
+    assert proxy.send(experts="A").id == warm
+    assert proxy.leased(experts="B")
+
+
+def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grants are for an epoch that every Envoy has. The one that has it forgot the last, and gets no new ones."""
+    monkeypatch.setattr(ext_authz.reload, "ACK_TIMEOUT", 0.2)
+    with leased() as it:
+        quick, slow_one = it.add_proxy(), it.add_proxy()
+        it.granting()
+        warm = quick.send(experts="A").id
+        assert quick.send(experts="A").id == warm
+        slow_one.process.send_signal(signal.SIGSTOP)
+        try:
+            it.swap(it.text + "# while one sleeps\n")
+            assert not quick.leased(experts="A")
+            assert quick.send(experts="A").id != warm
+            assert it.control.lease is None
+        finally:
+            slow_one.process.send_signal(signal.SIGCONT)
+        it.granting()
+        assert quick.leased(experts="A")
+        assert slow_one.leased(experts="A")
+
+
 def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) -> None:
     """From the push to the ACK: the old epoch grants nothing more, the new one nothing yet."""
 
@@ -302,7 +416,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) 
     assert grants()
     it.run(it.authorization.check(asks.asks("A")))
     process = proxy.process
-    process.send_signal(19)  # SIGSTOP: it will not answer
+    process.send_signal(signal.SIGSTOP)  # it will not answer
     try:
         it.policy.write_text(it.text + "# while envoy sleeps\n")
         swapping = asyncio.run_coroutine_threadsafe(it.control.reload(), it.loop._loop)
@@ -313,7 +427,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) 
         assert not grants()  # two seconds without an answer: the policy is in force all the same, leases are not
         assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
     finally:
-        process.send_signal(18)
+        process.send_signal(signal.SIGCONT)
     it.granting()
     assert grants()
 
