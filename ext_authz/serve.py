@@ -21,6 +21,7 @@ from ext_authz import __version__, leases
 from ext_authz.bootstrap import envoy_file
 from ext_authz.check import MEMORIES, Memory, Snapshot
 from ext_authz.keys import KeyStore
+from ext_authz.lease_counts import LeaseCounter
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.policy import Policy
 from ext_authz.reload import Control, Leasing
@@ -89,16 +90,20 @@ async def _serve(settings: Settings) -> None:
         stack.push_async_callback(control.close)
         await control.start()
 
+        counter = LeaseCounter(settings.envoy_admin)
+
         def report() -> dict[str, Any]:
-            return _report(began, control, keys, ads, tally) | (witness.report() if witness else {})
+            found = _report(began, control, keys, ads, tally) | (witness.report() if witness else {})
+            found["leases"] |= counter.report()
+            return found
 
         def families() -> Iterator[Metric]:
             yield from _families(control, keys, ads)
             yield from _memory_families(memory, authorization.epoch.snapshot)
 
         if settings.status is not None:
-            sources = (tally.families, families, *((witness.families,) if witness else ()))
-            status = StatusListener(*settings.status, registry(*sources), report)
+            sources = (tally.families, families, counter.families, *((witness.families,) if witness else ()))
+            status = StatusListener(*settings.status, registry(*sources), report, counter.refresh)
             await status.start()
             stack.push_async_callback(status.stop)
             log.info("status on http://%s:%d", settings.status[0], status.port)

@@ -29,6 +29,7 @@ class Settings:
     lease_entries: int = 4096
     cached_tokens: int = CACHED_TOKENS
     cached_decisions: int = CACHED_DECISIONS
+    envoy_admin: tuple[str, int] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("lease-entries", "4096", "leases that each of Envoy's worker threads may hold, twice over; 0: no leases")
     flag("cached-tokens", str(CACHED_TOKENS), "verified tokens to remember, some 2 KiB each")
     flag("cached-decisions", str(CACHED_DECISIONS), "decisions to remember, some 3 KiB each")
+    flag("envoy-admin", "off", "HTTP address of Envoy's admin interface, to tell of leases in the status, or `off`")
     flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
@@ -73,12 +75,13 @@ def read(args: argparse.Namespace) -> Settings:
     tokens = _number(args.cached_tokens, "--cached-tokens", 1, 10_000_000, mistakes)
     decisions = _number(args.cached_decisions, "--cached-decisions", 1, 10_000_000, mistakes)
     decision_log, shadow = (Path(f) if f else None for f in (args.decision_log, args.shadow_policy))
+    admin = None if args.envoy_admin == "off" else _address(args.envoy_admin, "--envoy-admin", mistakes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(
         Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
         decision_log, int(size * _MIB), int(keep), shadow, int(entries),
-        int(tokens), int(decisions),
+        int(tokens), int(decisions), admin,
     )  # fmt: skip
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 Report = Callable[[], dict[str, Any]]
+Refresh = Callable[[], Awaitable[None]]
 
 
 class StatusListener:
-    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port` (port 0 picks one, see `port`)."""
+    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port` (port 0 picks one, see `port`).
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, report: Report) -> None:
+    `refresh` is awaited before either.
+    """
+
+    def __init__(
+        self, host: str, port: int, registry: CollectorRegistry, report: Report, refresh: Refresh | None = None
+    ) -> None:
         self._host, self.port = host, port
-        self._registry, self._report = registry, report
+        self._registry, self._report, self._refresh = registry, report, refresh
         app = web.Application(client_max_size=1024)
         app.add_routes(
             [
@@ -41,7 +47,13 @@ class StatusListener:
         return web.json_response({"status": "ok"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
+        await self._up_to_date()
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _status(self, _: web.Request) -> web.Response:
+        await self._up_to_date()
         return web.json_response(self._report())
+
+    async def _up_to_date(self) -> None:
+        if self._refresh is not None:
+            await self._refresh()

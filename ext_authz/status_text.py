@@ -42,7 +42,9 @@ def text(report: dict[str, Any]) -> str:
         rows += [f"! {line}" for line in policy["error"].splitlines()]
     rows += [f"! {warning}" for warning in policy["warnings"]]
     lease = report["leases"]
-    rows.append(f"leases    {'on' if lease['on'] else 'off'}, {lease['granted']} granted")
+    rows.append(f"leases    {'on' if lease['on'] else 'off'}, {lease['granted']} granted{_counted(lease['envoy'])}")
+    if lease["error"]:
+        rows.append(f"! {lease['error']}")
     for key in report["keys"]:
         age = "never loaded" if key["age"] is None else f"read {_age(key['age'])} ago"
         rows.append(
@@ -53,6 +55,13 @@ def text(report: dict[str, Any]) -> str:
     rows += [f"decided   {n:>9}  {name}" for name, n in report["decisions"].items()]
     rows += [f"{name:<9} {json.dumps(report[name])}" for name in ("shadow", "decision_log") if name in report]
     return "\n".join(rows)
+
+
+def _counted(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "; hits unknown"
+    epoch = ", ".join(f"{counts[name]} {name}" for name in ("hits", "misses", "stores", "evictions"))
+    return f"; since the epoch began {epoch}; {counts['repeated']} hits in all"
 
 
 def _age(seconds: float) -> str:
