@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gzip
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from system import HOST, free_ports, system
 PREMIUM = tokens.sign(tokens.claims(plan="premium"))
 FREE = tokens.sign(tokens.claims(plan="free"))
 
+LEEWAY = 1.0  # of the policy, in seconds
 OWN = {"x-srp-decision-id", "x-request-id", "date", "content-length"}  # differ from answer to answer
 
 
@@ -407,8 +410,11 @@ def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatc
         assert slow_one.leased(experts="A")
 
 
-def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) -> None:
+def test_nothing_is_granted_while_a_swap_is_under_way(
+    it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the push to the ACK: the old epoch grants nothing more, the new one nothing yet."""
+    monkeypatch.setattr(ext_authz.reload, "ACK_TIMEOUT", 0.3)
 
     def grants() -> bool:
         return "lease" in metadata(it.run(it.authorization.check(asks.asks("A"))))
@@ -424,7 +430,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) 
         while not swapping.done():
             assert not grants()
             time.sleep(0.02)
-        assert not grants()  # two seconds without an answer: the policy is in force all the same, leases are not
+        assert not grants()  # without an answer for so long the policy is in force all the same, leases are not
         assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
     finally:
         process.send_signal(signal.SIGCONT)
@@ -679,17 +685,81 @@ header = st.one_of(
     st.tuples(st.just("x-envoy-max-retries"), st.just("9")),
 )
 
+Ask = dict[str, Any]
+
 asked = st.fixed_dictionaries(
     {
         "token": st.sampled_from(["nobody", "premium", "free", "other", "new key", "brief", "expired", "garbage"]),
-        "path": st.sampled_from(["/x", "/x?q=1", "/x/../x", "/asked/a", "/always", "/route", "/X"]),
+        "path": st.sampled_from(["/x", "/x?q=1", "/asked/a", "/always", "/route", "/X"]),
         "headers": st.lists(header, max_size=3),
         "method": st.sampled_from(["GET", "POST"]),
-        "body": st.sampled_from([None, b'{"expert_names": ["A"]}', b"{"]),
+        "body": st.sampled_from([None, b'{"expert_names": ["A"]}', b'{"expert_names": ["D"]}', b"{"]),
     }
 )
 
+
+def renamed(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(change(name), value) for name, value in ask["headers"]]}
+
+
+def revalued(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(name, change(value)) for name, value in ask["headers"]]}
+
+
+def more(*headers: Header) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [*ask["headers"], *headers]}
+
+
+def moved(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"path": change(ask["path"])}
+
+
+def sent_as(**how: Any) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"method": "POST", "body": ask["body"] or b"{}"} | how
+
+
+# A request, told otherwise: each is sent beside the one that it is made of, which may be warm.
+TWISTS: dict[str, Callable[[Ask], Ask]] = {
+    "headers reversed": lambda ask: ask | {"headers": ask["headers"][::-1]},
+    "a header twice": lambda ask: ask | {"headers": [*ask["headers"], *ask["headers"][:1]]},
+    "the names twice": more(("x-expert-names", "A")),
+    "names in capitals": renamed(str.upper),
+    "values in capitals": revalued(str.upper),
+    "values with space around": revalued(lambda value: f"  {value}\t"),
+    "values with a comma": revalued(lambda value: f"{value},"),
+    "two tokens": more(("x-expert-access-token", PREMIUM)),
+    "spoofed": more(("x-srp-subject", "root"), ("x-srp-tier", "high"), ("x-srp-decision-id", "0")),
+    "spoofed limits": more(("x-envoy-upstream-rq-timeout-ms", "1"), ("x-envoy-retry-on", "5xx")),
+    "spoofed target": more(("x-requested-cluster", "expert-d"), ("X-Target-Cluster", "expert-d")),
+    "another charset": more(("content-type", "application/json; charset=utf-16")),
+    "compressed": lambda ask: sent_as(body=gzip.compress(b"{}"))(more(("content-encoding", "gzip"))(ask)),
+    "a query": moved(lambda path: f"{path}?expert_names=D"),
+    "two slashes": moved(lambda path: f"/{path}"),
+    "a slash at the end": moved(lambda path: f"{path.partition('?')[0]}/"),
+    "dots": moved(lambda path: f"/asked/..{path}"),
+    "out of one gate": moved(lambda path: f"/asked/%2e%2e{path}"),
+    "into another": moved(lambda path: f"{path.partition('?')[0]}/../asked/a"),
+    "an escaped letter": moved(lambda path: path.replace("a", "%61")),
+    "an escaped slash": moved(lambda path: f"/asked%2f..{path}"),
+    "a parameter": moved(lambda path: f"{path.partition('?')[0]};a=b"),
+    "in chunks": sent_as(chunked=True),
+    "slowly": sent_as(pause=0.015),
+    "slowly in chunks": sent_as(pause=0.015, chunked=True),
+}
+
+BASES: list[Ask] = [
+    {"path": "/x", "headers": [("x-expert-names", "A,D"), ("x-srp-downgrade", "allow")], "method": "GET", "body": None},
+    {
+        "path": "/asked/a",
+        "headers": [("x-target-cluster", "expert-b")],
+        "method": "POST",
+        "body": b"{}",
+        "token": PREMIUM,
+    },
+    {"path": "/always", "headers": [("x-expert-access-token", FREE)], "method": "GET", "body": None},
+]
 PLAIN = {"token": "premium", "path": "/x", "headers": [], "method": "GET", "body": None}
+BRIEF = PLAIN | {"token": "brief"}
 
 EDITS = (
     ("", ""),
@@ -699,6 +769,7 @@ EDITS = (
     ("downgrade_to: [B]", "downgrade_to: [A]"),
     ("leeway: 1s", "leeway: 1s\nforward_token: true"),
     ("leeway: 1s", "leeway: 1s\nrevoked: {jti: [j-1]}"),
+    ("leeway: 1s", "leeway: 1s\nrevoked: {sub: [ada]}"),
     ("leeway: 1s", "leeway: 1s\nlease: 100ms"),
     ("- {path: /route, json: /expert_names, default: [A, B]}", "- {path: /route, header: x-expert-names}"),
     ("- {prefix: /, header: x-expert-names, default: [A, B]}", "- {prefix: /, json: /expert_names, default: [A]}"),
@@ -707,8 +778,20 @@ EDITS = (
 changes = st.one_of(
     st.tuples(st.just("swap"), st.sampled_from(EDITS)),
     st.tuples(st.just("keys"), st.sampled_from([("",), ("new",), ("", "new")])),
-    st.tuples(st.just("wait"), st.sampled_from([0.0, 0.1, 0.5])),
+    st.tuples(st.just("wait"), st.sampled_from([0.0, 0.1])),
+    st.tuples(st.just("expiry"), st.just(0.15)),
 )
+
+
+@pytest.mark.parametrize("twist", TWISTS)
+def test_a_twisted_request_as_without(it: Leased, proxy: Proxy, twist: str) -> None:
+    """After the request that it is made of has a lease."""
+    cold = it.proxies[1]
+    for ask in BASES:
+        assert proxy.leased(**ask)
+        found, expected = (p.send(**TWISTS[twist](ask)) for p in (proxy, cold))
+        assert told(found) == told(expected)
+        assert shown(found) == shown(expected)
 
 
 def test_with_leases_as_without(it: Leased) -> None:
@@ -717,32 +800,54 @@ def test_with_leases_as_without(it: Leased) -> None:
     After each change the last requests are sent again, so that whatever outlived the change would show.
     """
     warm, cold = it.proxies
+    seen: Counter[str] = Counter()
 
     @settings(max_examples=20, deadline=None, phases=[Phase.reuse, Phase.generate])
-    @given(st.lists(st.tuples(changes, st.lists(asked, min_size=1, max_size=4)), min_size=2, max_size=6))
-    def agree(steps: list[tuple[Any, list[dict[str, Any]]]]) -> None:
-        brief = int(time.time()) + 1
-        callers = {**CALLERS, "brief": tokens.sign(tokens.claims(plan="premium", exp=brief))}
-        sent: list[dict[str, Any]] = [PLAIN]
+    @given(
+        st.lists(
+            st.tuples(changes, st.lists(st.tuples(asked, st.sampled_from([*TWISTS])), min_size=1, max_size=3)),
+            min_size=3,
+            max_size=6,
+        )
+    )
+    def agree(steps: list[tuple[Any, list[tuple[Ask, str]]]]) -> None:
+        callers = {**CALLERS, "brief": CALLERS["expired"]}
+        ends = 0.0
+
+        def compare(request: Ask) -> None:
+            began, hits = time.time(), it.decided
+            found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
+            if not began < ends <= time.time():  # it ended between the two
+                assert told(found) == told(expected)
+                assert shown(found) == shown(expected)
+            seen["repeated" if it.decided == hits + 1 else "decided"] += 1
+
+        sent: list[Ask] = []
         for (kind, what), requests in steps:
+            seen[kind] += 1
             if kind == "swap":
                 it.swap(it.text.replace(*what) + f"# {time.time()}\n")
             elif kind == "keys":
                 it.rotate(*what)
+            elif kind == "expiry":
+                ends = time.time() + what
+                callers["brief"] = tokens.sign(tokens.claims(plan="premium", exp=ends - LEEWAY))
+                compare(BRIEF)
+                compare(BRIEF)
+                time.sleep(max(0.0, ends - time.time()))
+                compare(BRIEF)
             else:
                 time.sleep(what)
-            sent = [PLAIN, *[*sent[1:], *requests][-7:]]
-            for request in (*sent, *sent):
-                began = time.time()
-                found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
-                if not began < brief + 1 <= time.time():  # it ended between the two
-                    assert told(found) == told(expected)
-                    assert shown(found) == shown(expected)
+            seen.update(twist for _, twist in requests)
+            new = [made for ask, twist in requests for made in (ask, TWISTS[twist](ask))]
+            for request in (PLAIN, *sent[-4:], *new, *new, PLAIN):
+                compare(request)
+            sent += new
         it.rotate("")
 
-    before = warm.counters()["disabled"]
     agree()
-    assert warm.counters()["disabled"] - before > 20, "it proves nothing if all requests are decided anew"
+    assert {"swap", "keys", "wait", "expiry"} <= set(seen), "it proves nothing of what was never tried"
+    assert seen["repeated"] > 200, "it proves nothing if all requests are decided anew"
 
 
 # ---- means ----
