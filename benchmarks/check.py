@@ -86,6 +86,7 @@ class Bench:
 
     def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack) -> None:
         self.directory = directory
+        (self.admin,) = parts.free_ports(1)
         self.starts: dict[str, int] = {}
         self.different: dict[str, int] = {}
         self.servers: dict[str, parts.Process] = {}
@@ -105,10 +106,12 @@ class Bench:
         server = self.servers.get(variant.server or "")
         envoy = self.envoys[variant.name]
         before = envoy.cpu(), server.cpu() if server else 0.0
+        leased = self._leased(variant)
         start = self.starts.get(variant.name, 0)
         requests = self.directory / f"{variant.name}.requests"
         found: Sample = parts.load(self.ports[variant.name], requests, start, connections, seconds)
         after = envoy.cpu(), server.cpu() if server else 0.0
+        hits, misses = (now - then for now, then in zip(self._leased(variant), leased, strict=True))
         n = found["requests"]
         self.starts[variant.name] = start + int(n)
         unexpected = n - found["refused"] if variant.refused else found["refused"]
@@ -119,10 +122,18 @@ class Bench:
         return {
             **found,
             "failed": unexpected + found["broken"],
+            "hits": hits / max(hits + misses, 1),
             "rps": n / found["seconds"],
             "cpu_us": (after[1] - before[1]) / n * 1e6,
             "envoy_us": (after[0] - before[0]) / n * 1e6,
         }
+
+    def _leased(self, variant: Variant) -> tuple[int, int]:
+        """Hits and misses so far."""
+        if variant.server != "leased":
+            return 0, 0
+        counts = parts.lease_counts(self.admin)
+        return counts.hits, counts.misses
 
     def warm(self, variant: Variant) -> None:
         """Send every request once: what can be remembered is remembered now."""
@@ -161,9 +172,9 @@ class Bench:
         self.different[v.name] = len(requests)
         (self.directory / f"{v.name}.requests").write_bytes(b"".join(r + b"\0" for r in requests))
         filters = None if v.server else parts.native() if v.name == "native" else []
-        control = "leased" if v.server == "leased" else "srp"
+        control, admin = ("leased", self.admin) if v.server == "leased" else ("srp", None)
         self.envoys[v.name] = self._own(
-            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters, control)
+            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters, control, admin)
         )
 
 
@@ -224,7 +235,9 @@ def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connect
                 f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |" if ratios else "| | |"
             )
         failed = sum(s["failed"] for s in mine) / sum(s["requests"] for s in mine)
-        lines.append(f"| {v.what} | {rps:,.0f} | {failed:.1%} | {p50:.2f} | {p99:.2f} | {envoy:.0f} {end}")
+        hits = statistics.median(s["hits"] for s in mine)
+        what = f"{v.what} ({hits:.2%} of the requests)" if v.server == "leased" else v.what
+        lines.append(f"| {what} | {rps:,.0f} | {failed:.1%} | {p50:.2f} | {p99:.2f} | {envoy:.0f} {end}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
@@ -18,7 +19,9 @@ from typing import Any
 import yaml
 from callers import AUDIENCE, ISSUER, jwks
 
+from ext_authz import lease_counts as lease_counts_
 from ext_authz.bootstrap import bootstrap, envoy_file
+from ext_authz.lease_counts import LeaseCounts
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
@@ -115,17 +118,24 @@ def upstream(directory: Path, port: int) -> Process:
 
 
 def envoy(
-    directory: Path, name: str, port: int, authz: str, filters: Sequence[Json] | None = None, control: str = "srp"
+    directory: Path,
+    name: str,
+    port: int,
+    authz: str,
+    filters: Sequence[Json] | None = None,
+    control: str = "srp",
+    admin: int | None = None,
 ) -> Process:
     """Envoy with the project's own configuration, asking the server on the socket `directory/authz`.
 
     The experts' clusters and the lease filter come from the server on `directory/control`. With `filters`, these stand
-    in the place of that filter and of ext_authz, and every request is for `TARGETS`.
+    in the place of that filter and of ext_authz, and every request is for `TARGETS`. `admin` is the port of the admin
+    interface, None: there is none.
     """
     config = yaml.safe_load(
         bootstrap(
             envoy_file("envoy.yaml").read_text(),
-            listen=(HOST, port), admin=None, socket=str(directory / authz), lua=str(envoy_file("least_request.lua")),
+            listen=(HOST, port), admin=(HOST, admin) if admin else None, socket=str(directory / authz), lua=str(envoy_file("least_request.lua")),
         )
     )  # fmt: skip
     clusters = config["static_resources"]["clusters"]
@@ -176,6 +186,11 @@ def load(port: int, requests: Path, start: int, connections: int, seconds: int) 
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     found: Json = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def lease_counts(admin: int) -> LeaseCounts:
+    """What the Envoy whose admin interface is on that port counts of leases."""
+    return asyncio.run(lease_counts_.fetch((HOST, admin)))
 
 
 def free_ports(n: int) -> list[int]:

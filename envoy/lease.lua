@@ -17,6 +17,8 @@ local MAX_KEY = 4096 -- bytes
 local MAX_LEASE = 8192 -- bytes of a key and all that is kept with it
 local MAX_PENDING = 1024 -- misses that await their answer
 local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
+local MAX_HEADERS, MAX_HEADER_BYTES = 80, 48 * 1024 -- with a decision's still fewer than the limits of envoy.yaml
+local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, well under those that a new epoch waits for
 
 -- What decisions read besides the path and the gate's header.
 local READ = { "authorization", "x-expert-access-token", "x-requested-cluster", "x-srp-downgrade" }
@@ -139,18 +141,26 @@ local function find(handle, key)
   end
 end
 
--- Whether ext_authz would take the body. Of a request that does not tell its length, only whether there is a body can
--- be known here: `body` is nil at once if not, and waits for the whole of it if so. Nothing is done after a wait.
-local function fits(handle, headers)
-  local length = headers:get("content-length")
-  if length then
-    local bytes = tonumber(length)
-    return bytes ~= nil and bytes <= MAX_BODY
+-- Whether the headers have room for those of a decision: if not, Envoy refuses what ext_authz has decided.
+local function roomy(headers)
+  local n, bytes = 0, 0
+  for name, value in pairs(headers) do
+    n, bytes = n + 1, bytes + #name + #value
   end
-  return handle:body() == nil
+  return n <= MAX_HEADERS and bytes <= MAX_HEADER_BYTES
 end
 
-local function repeat_decision(handle, headers, lease)
+-- Whether the request is whole within MAX_WAIT, the lease still good, and the body one that ext_authz would take, which
+-- waits for the whole, too: a slow sender must not keep an expert busy meanwhile, nor a lease alive beyond its epoch.
+local function whole(handle, lease)
+  local began = handle:timestamp()
+  local body = handle:body() -- at once, and no value, if there is none
+  local now = handle:timestamp()
+  return (not body or body:length() <= MAX_BODY) and began <= now and now <= began + MAX_WAIT and valid(lease, now)
+end
+
+local function repeat_decision(handle, lease)
+  local headers = handle:headers() -- those of before a wait are out of use
   for i = 1, #SET do
     local value = lease.headers[SET[i]]
     if value then
@@ -179,8 +189,8 @@ function envoy_on_request(handle)
   end
   local lease = find(handle, key)
   if lease then
-    if fits(handle, headers) then
-      repeat_decision(handle, headers, lease)
+    if roomy(headers) and whole(handle, lease) then
+      repeat_decision(handle, lease)
       count(handle, "hits", 1)
     end
     return
@@ -224,8 +234,8 @@ function envoy_on_response(handle)
     return
   end
   local decision = metadata:get(DECISION)
+  local headers = handle:headers()
   if own.hit then
-    local headers = handle:headers()
     for i = 1, #TOLD do
       local value = decision[TOLD[i][1]]
       if value ~= "" then
@@ -236,7 +246,8 @@ function envoy_on_response(handle)
   end
   local key = pending.young[own.asked] or pending.old[own.asked]
   pending.young[own.asked], pending.old[own.asked] = nil, nil
-  if key and decision and decision.lease then
+  -- The answer has the decision's id unless Envoy has refused to do as decided.
+  if key and decision and decision.lease and headers:get("x-srp-decision-id") == decision.decision_id then
     store(handle, key, decision)
   end
 end

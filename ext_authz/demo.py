@@ -159,14 +159,15 @@ def _start(directory: Path, policy: Policy, envoy: str, sock: Path, port: int, s
                 f"Expert_{expert.name}", "--host", endpoint.host, "--port", str(endpoint.port),
                 "--security-level", policy.tiers[expert.tier], "--delay", "0.02:0.1",
             )  # fmt: skip
+    admin = _free_port()
     yield _spawn(
         directory, "ext_authz", sys.executable, "-m", "ext_authz", "serve", "--policy", str(directory / "policy.yaml"),
-        "--listen", f"unix:{sock}", "--status", f"{HOST}:{status}",
+        "--listen", f"unix:{sock}", "--status", f"{HOST}:{status}", "--envoy-admin", f"{HOST}:{admin}",
     )  # fmt: skip
     config = directory / "envoy.yaml"
     template = envoy_file("envoy.yaml").read_text()
     lua = str(envoy_file("least_request.lua"))
-    config.write_text(bootstrap(template, listen=(HOST, port), admin=(HOST, 0), socket=str(sock), lua=lua))
+    config.write_text(bootstrap(template, listen=(HOST, port), admin=(HOST, admin), socket=str(sock), lua=lua))
     yield _spawn(
         directory, "envoy", envoy, "-c", str(config), "--concurrency", "2", "--log-level", "warning",
         "--disable-hot-restart",

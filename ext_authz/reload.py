@@ -216,7 +216,7 @@ class Control:
         held = self._ads.agreed(leases.TYPE_EXTENSION)
         self._agree()
         outcome = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
-        if outcome.kind is Kind.ACKED and held not in (None, self._sent.version):
+        if outcome.kind is Kind.ACKED and held != self._sent.version:
             await asyncio.sleep(WORKERS)
         return outcome
 

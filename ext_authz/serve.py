@@ -22,6 +22,7 @@ from ext_authz.bootstrap import envoy_file
 from ext_authz.check import Memory, Snapshot
 from ext_authz.counts import Counts, add_up, counted
 from ext_authz.keys import KeyStore
+from ext_authz.lease_counts import LeaseCounter
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.policy import Policy
 from ext_authz.reload import Control, Leasing
@@ -77,13 +78,19 @@ async def _serve(settings: Settings) -> None:
         workers.start()
         await control.start()
 
+        counter = LeaseCounter(settings.envoy_admin)
+
         def own() -> Counts:
             return counted(tally, memory, authorization.epoch.snapshot)
 
         def report() -> dict[str, Any]:
             told = _report(began, control, keys, ads, add_up([own(), workers.counts()]))
             told["workers"] = [_owner(began, authorization.epoch, own()), *workers.report()]
+            told["leases"] |= counter.report()
             return told | (witness.report() if witness else {})
+
+        async def fresh() -> None:
+            await asyncio.gather(workers.fresh(), counter.refresh())
 
         def families() -> Iterator[Metric]:
             total = add_up([own(), workers.counts()])
@@ -94,8 +101,8 @@ async def _serve(settings: Settings) -> None:
             yield CounterMetricFamily("srp_worker_restarts", "Workers that were replaced.", value=workers.restarts)
 
         if settings.status is not None:
-            sources = (families, *((witness.families,) if witness else ()))
-            status = StatusListener(*settings.status, registry(*sources), report, workers.fresh)
+            sources = (families, counter.families, *((witness.families,) if witness else ()))
+            status = StatusListener(*settings.status, registry(*sources), report, fresh)
             await status.start()
             stack.push_async_callback(status.stop)
             log.info("status on http://%s:%d", settings.status[0], status.port)

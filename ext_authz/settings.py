@@ -34,6 +34,7 @@ class Settings:
     cached_tokens: int = CACHED_TOKENS
     cached_decisions: int = CACHED_DECISIONS
     workers: int = 1
+    envoy_admin: tuple[str, int] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
     flag("cached-tokens", str(CACHED_TOKENS), "verified tokens to remember, some 2 KiB each")
     flag("cached-decisions", str(CACHED_DECISIONS), "decisions to remember, some 3 KiB each")
     flag("workers", "1", "processes that decide, each with one core at most; the others listen on PATH.1, PATH.2, ...")
+    flag("envoy-admin", "off", "HTTP address of Envoy's admin interface, to tell of leases in the status, or `off`")
     flag("shadow-policy", None, "a second policy that judges each request as well and is only counted")
 
 
@@ -84,12 +86,13 @@ def read(args: argparse.Namespace) -> Settings:
         mistakes.append(f"--workers: expected a whole number, found `{args.workers}`")
     if workers > 1:
         mistakes += _for_one(args)
+    admin = None if args.envoy_admin == "off" else _address(args.envoy_admin, "--envoy-admin", mistakes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(
         Path(args.policy), args.listen, status, drain, int(concurrent), args.log_level,
         decision_log, int(size * _MIB), int(keep), shadow, int(entries),
-        int(tokens), int(decisions), int(workers),
+        int(tokens), int(decisions), int(workers), admin,
     )  # fmt: skip
 
 

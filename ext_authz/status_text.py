@@ -42,7 +42,9 @@ def text(report: dict[str, Any]) -> str:
         rows += [f"! {line}" for line in policy["error"].splitlines()]
     rows += [f"! {warning}" for warning in policy["warnings"]]
     lease = report["leases"]
-    rows.append(f"leases    {'on' if lease['on'] else 'off'}, {lease['granted']} granted")
+    rows.append(f"leases    {'on' if lease['on'] else 'off'}, {lease['granted']} granted{_counted(lease['envoy'])}")
+    if lease["error"]:
+        rows.append(f"! {lease['error']}")
     for key in report["keys"]:
         age = "never loaded" if key["age"] is None else f"read {_age(key['age'])} ago"
         rows.append(
@@ -62,6 +64,13 @@ def _worker(worker: dict[str, Any]) -> str:
         return f"! worker {worker['worker']} takes no checks, replaced {worker['restarts']} times"
     process = f"pid {worker['pid']}, up {_age(worker['age_seconds'])}, epoch {worker['epoch']}"
     return f"worker    {worker['worker']}: {process}, {worker['checks']} checks, replaced {worker['restarts']} times"
+
+
+def _counted(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "; hits unknown"
+    epoch = ", ".join(f"{counts[name]} {name}" for name in ("hits", "misses", "stores", "evictions"))
+    return f"; since the epoch began {epoch}; {counts['repeated']} hits in all"
 
 
 def _age(seconds: float) -> str:

@@ -93,8 +93,9 @@ class Proxy:
         body: bytes | None = None,
         method: str = "GET",
         chunked: bool = False,
+        pause: float = 0.0,
     ) -> Answer:
-        """One request on a connection of its own, its headers as given."""
+        """One request on a connection of its own, its headers as given; its body comes `pause` seconds after them."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
         before = len(self.upstream.seen)
         with contextlib.closing(connection):
@@ -109,7 +110,12 @@ class Proxy:
                 connection.putheader("transfer-encoding", "chunked")
             elif body is not None:
                 connection.putheader("content-length", str(len(body)))
-            connection.endheaders(body, encode_chunked=chunked)
+            connection.endheaders()
+            time.sleep(pause)
+            if chunked:
+                connection.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n")
+            elif body:
+                connection.send(body)
             response = connection.getresponse()
             found = {k.lower(): v for k, v in response.getheaders()}
             content = response.read()

@@ -194,7 +194,7 @@ def system(
         it.authz = Proc(
             [
                 sys.executable, "-m", "ext_authz", "serve", "--policy", str(it.policy), "--listen", f"unix:{sock}",
-                "--status", f"{HOST}:{it.status_port}", *serve_flags,
+                "--status", f"{HOST}:{it.status_port}", "--envoy-admin", f"{HOST}:{it.admin}", *serve_flags,
             ],
             it.directory / "authz.log",
         )  # fmt: skip

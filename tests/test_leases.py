@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gzip
 import json
-import subprocess
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,26 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import asks
+import ext_authz.reload
+import slow
 import tokens
 from conftest import demo_policy
 from ext_authz import leases, wire
 from ext_authz.check import check
+from ext_authz.clusters import TYPE_CLUSTER
 from ext_authz.model import Outcome, Request
 from ext_authz.policy import Policy
 from ext_authz.serve import leasing
 from ext_authz.server import Epoch
 from ext_authz.settings import Settings
+from ext_authz.xds import Resources
 from leased import Answer, Leased, Proxy, leased, wait_for, without_leases
-from system import system
+from system import HOST, free_ports, system
 
 PREMIUM = tokens.sign(tokens.claims(plan="premium"))
 FREE = tokens.sign(tokens.claims(plan="free"))
 
+LEEWAY = 1.0  # of the policy, in seconds
 OWN = {"x-srp-decision-id", "x-request-id", "date", "content-length"}  # differ from answer to answer
 
 
@@ -178,33 +185,93 @@ def test_an_expert_cannot_speak_for_us(it: Leased, proxy: Proxy) -> None:
 
 
 def test_a_body_beyond_the_limit_finds_no_lease(proxy: Proxy) -> None:
-    """413 with a warm lease as without; a body of unknown length is read by ext_authz as ever."""
-    assert proxy.leased(experts="A", method="POST", body=b"{}")
-    assert proxy.send(experts="A", method="POST", body=b"x" * 70_000).status == 413
-    assert proxy.send(experts="A", method="POST", body=b"x" * 70_000, chunked=True).status == 413
-    warm = proxy.send(experts="A").id
-    chunked = proxy.send(experts="A", method="POST", body=b"x" * 100, chunked=True)
-    assert (chunked.status, chunked.id == warm) == (200, False)
+    """413 with a warm lease as without, whether the body tells its length or not."""
+    warm = proxy.send(experts="A", method="POST", body=b"{}").id
+    for chunked in (False, True):
+        assert proxy.send(experts="A", method="POST", body=b"x" * 60_000, chunked=chunked).id == warm
+        assert proxy.send(experts="A", method="POST", body=b"x" * 70_000, chunked=chunked).status == 413
+        assert proxy.send(experts="A", method="POST", body=b"x" * 200_000, chunked=chunked).status == 413
+    assert proxy.counters()["errors"] == 0
 
 
-def test_http_2_without_a_length(it: Leased, proxy: Proxy, tmp_path: Path) -> None:
-    """A request without a body is leased; one with a body that does not tell its length is not."""
+NAMES_A = {"x-expert-names": "A"}
+TRAILERS = slow.frame(slow.HEADERS, slow.END_HEADERS | slow.END_STREAM, slow.literal({"x-t": "1"}))
+LAST_DATA = slow.frame(slow.DATA, slow.END_STREAM, b"12345")
 
-    def curl(*flags: str, body: bytes = b"") -> tuple[str, str]:
-        command = ["curl", "-s", "--http2-prior-knowledge", "-o", "-", "-D", str(tmp_path / "headers"), *flags]
-        command += ["-H", "x-expert-names: A", f"http://127.0.0.1:{proxy.port}/x"]
-        subprocess.run(command, input=body, check=False, capture_output=True, timeout=10)
-        lines = (tmp_path / "headers").read_text().splitlines() or ["HTTP/2 reset"]
-        found = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return lines[0].split()[1], found.get("x-srp-decision-id", "")
+IN_PIECES: list[tuple[str, list[bytes]]] = [
+    ("a body", slow.http1({**NAMES_A, "content-length": "10"}, b"12345", b"67890")),
+    ("a body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"5\r\n12345\r\n", b"0\r\n\r\n")),
+    ("an empty body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"0\r\n\r\n")),
+    ("HTTP/2: a body", slow.http2({**NAMES_A, "content-length": "5"}, LAST_DATA)),
+    ("HTTP/2: a body of unknown length", slow.http2(NAMES_A, LAST_DATA)),
+    ("HTTP/2: an empty body", slow.http2(NAMES_A, slow.frame(slow.DATA, slow.END_STREAM))),
+    ("HTTP/2: trailers and no body", slow.http2(NAMES_A, TRAILERS)),
+    ("HTTP/2: a body and trailers", slow.http2(NAMES_A, slow.frame(slow.DATA, 0, b"12345"), TRAILERS)),
+]
 
-    first = curl()
-    assert curl() == first
-    status, decision_id = curl("-T", "-", body=b"x" * 100)
-    assert (status, decision_id == first[1]) == ("200", False)
+
+@pytest.mark.parametrize(("name", "pieces"), IN_PIECES, ids=[n for n, _ in IN_PIECES])
+def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, pieces: list[bytes]) -> None:
+    """It is leased if it is there at once. If not, ext_authz decides when it is, and no expert waits for it."""
+    warm, served = proxy.send(experts="A").id, it.upstream.seen
+
+    def decided(pause: float) -> str:
+        before = len(served)
+        with slow.sent(proxy.port, pieces, pause):
+            wait_for(lambda: len(served) > before, "an answer")
+        return served[-1].headers["x-srp-decision-id"]
+
+    wait_for(lambda: decided(0) == warm, "a hit")
+    with slow.sent(proxy.port, pieces[:-1]):
+        before = len(served)
+        time.sleep(0.05)
+        assert len(served) == before
+    assert decided(0.05) != warm
+    assert proxy.counters()["errors"] == 0
+
+
+def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
+    """HTTP/2 frames of another length than `content-length` reach no expert, lease or not."""
+    assert proxy.leased(experts="A")
     served = len(it.upstream.seen)
-    assert curl("-T", "-", body=b"x" * 200_000)[0] in {"413", "reset"}
+    for length in ("3", "8"):
+        with slow.sent(proxy.port, slow.http2({**NAMES_A, "content-length": length}, LAST_DATA)):
+            time.sleep(0.05)
     assert len(it.upstream.seen) == served
+
+
+@pytest.mark.parametrize("headers", [[("x-many", "1")] * 88, [(f"x-{n}", "a" * 7000) for n in range(8)]])
+def test_headers_without_room_for_the_decision(it: Leased, proxy: Proxy, headers: list[tuple[str, str]]) -> None:
+    """Envoy refuses what would be over its limits with the decision's own headers: with a warm lease, too."""
+    assert proxy.leased(experts="A")
+    found, expected = (p.send(experts="A", headers=headers) for p in it.proxies)
+    assert found.status == expected.status
+    assert found.id != proxy.send(experts="A").id
+
+
+def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 for a header that ext_authz may not set, each time anew."""
+    traffic = wire._traffic
+    monkeypatch.setattr(wire, "_traffic", lambda experts: {**traffic(experts), "x-forbidden": "1"})
+    it.swap(it.text + "# a header more\n")
+    it.granting()
+    assert [proxy.send(experts="A").status for _ in range(3)] == [503] * 3
+    assert proxy.counters()["stores"] == 0
+
+
+def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
+    """503 of a dead expert: the same with a lease as without."""
+    (dead,) = free_ports(1)
+    it.swap(
+        it.text.replace(
+            f'expert-b, endpoints: ["{HOST}:{it.upstream.port}"]', f'expert-b, endpoints: ["{HOST}:{dead}"]'
+        )
+    )
+    it.granting()
+    first, second = proxy.send(experts="B"), proxy.send(experts="B")
+    assert first.status == 503
+    assert first.id == second.id != ""
+    assert (told(first), first.headers["retry-after"]) == (told(second), second.headers["retry-after"])
 
 
 # ---- what ends a lease ----
@@ -292,8 +359,80 @@ def test_a_policy_without_leases_ends_them(it: Leased, proxy: Proxy) -> None:
     assert not proxy.leased(experts="T")
 
 
-def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) -> None:
+def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None:
+    """Its head came with the lease, its end after it: 401."""
+    stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
+    assert proxy.leased(token=stolen, experts="C")
+    pieces = slow.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
+    served, hits = len(it.upstream.seen), proxy.counters()["disabled"]
+    with slow.sent(proxy.port, pieces[:-1]) as connection:
+        it.swap(it.text + "revoked: {jti: [stolen]}\n")
+        decided = it.decided
+        connection.sendall(pieces[-1])
+        wait_for(lambda: it.decided > decided, "the decision")
+        time.sleep(0.05)
+    assert (len(it.upstream.seen), proxy.counters()["disabled"]) == (served, hits)
+
+
+def test_a_check_under_way_when_its_key_goes(it: Leased, proxy: Proxy) -> None:
+    """It was decided by the old keys and is answered so, but nobody repeats it."""
+    decided, it.held = it.decided, asyncio.Event()
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            late = pool.submit(proxy.send, token=PREMIUM, experts="C")
+            wait_for(lambda: it.decided > decided, "the decision")
+            it.rotate("new")
+            it.loop._loop.call_soon_threadsafe(it.held.set)
+            assert late.result(10).status == 200
+        it.held = None
+        assert proxy.send(token=PREMIUM, experts="C").status == 401
+    finally:
+        it.held = None
+        it.rotate("")
+
+
+def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old policy stays with its epoch: what was leased is, and more is granted."""
+    warm, epoch = proxy.send(experts="A").id, it.control.lease
+    good = ext_authz.reload.cluster_resources
+    broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # of a discovery type that there is not
+    answers = iter([broken])
+    monkeypatch.setattr(ext_authz.reload, "cluster_resources", lambda policy: next(answers, None) or good(policy))
+    it.policy.write_text(it.text + "# refused\n")
+    assert not it.run(it.control.reload())
+    assert "refused" in (it.control.status.error or "")
+    it.granting()
+    assert it.control.lease == epoch
+    assert proxy.send(experts="A").id == warm
+    assert proxy.leased(experts="B")
+
+
+def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grants are for an epoch that every Envoy has. The one that has it forgot the last, and gets no new ones."""
+    monkeypatch.setattr(ext_authz.reload, "ACK_TIMEOUT", 0.2)
+    with leased() as it:
+        quick, slow_one = it.add_proxy(), it.add_proxy()
+        it.granting()
+        warm = quick.send(experts="A").id
+        assert quick.send(experts="A").id == warm
+        slow_one.process.send_signal(signal.SIGSTOP)
+        try:
+            it.swap(it.text + "# while one sleeps\n")
+            assert not quick.leased(experts="A")
+            assert quick.send(experts="A").id != warm
+            assert it.control.lease is None
+        finally:
+            slow_one.process.send_signal(signal.SIGCONT)
+        it.granting()
+        assert quick.leased(experts="A")
+        assert slow_one.leased(experts="A")
+
+
+def test_nothing_is_granted_while_a_swap_is_under_way(
+    it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the push to the ACK: the old epoch grants nothing more, the new one nothing yet."""
+    monkeypatch.setattr(ext_authz.reload, "ACK_TIMEOUT", 0.3)
 
     def grants() -> bool:
         return "lease" in metadata(it.run(it.authorization.check(asks.asks("A"))))
@@ -301,7 +440,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) 
     assert grants()
     it.run(it.authorization.check(asks.asks("A")))
     process = proxy.process
-    process.send_signal(19)  # SIGSTOP: it will not answer
+    process.send_signal(signal.SIGSTOP)  # it will not answer
     try:
         it.policy.write_text(it.text + "# while envoy sleeps\n")
         swapping = asyncio.run_coroutine_threadsafe(it.control.reload(), it.loop._loop)
@@ -309,10 +448,10 @@ def test_nothing_is_granted_while_a_swap_is_under_way(it: Leased, proxy: Proxy) 
         while not swapping.done():
             assert not grants()
             time.sleep(0.02)
-        assert not grants()  # two seconds without an answer: the policy is in force all the same, leases are not
+        assert not grants()  # without an answer for so long the policy is in force all the same, leases are not
         assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
     finally:
-        process.send_signal(18)
+        process.send_signal(signal.SIGCONT)
     it.granting()
     assert grants()
 
@@ -406,7 +545,7 @@ def test_ext_authz_gone() -> None:
     token = tokens.sign(tokens.claims(plan="premium", sub="somebody"))
 
     def policy(ports: Any) -> str:
-        return demo_policy(ports) + "lease: 2s\n"
+        return demo_policy(ports) + "lease: 1s\n"
 
     def send(caller: str | None, experts: str) -> Any:
         return it.send("/x", token=caller, headers=[("x-expert-names", experts)], method="POST", body=b"{}")
@@ -418,12 +557,12 @@ def test_ext_authz_gone() -> None:
         assert first.status == 200
         assert it.status()["leases"]["granted"] >= 1
         it.authz.kill()
-        while time.time() < began + 1.5:
+        while time.time() < began + 0.8:
             answer = send(token, "C")
             assert (answer.status, answer.headers["x-srp-decision-id"]) == (200, first.headers["x-srp-decision-id"])
             assert send(FREE, "C").status == send(None, "A").status == send(token, "A").status == 503
             time.sleep(0.1)
-        time.sleep(max(0, began + 2.2 - time.time()))
+        time.sleep(max(0, began + 1.2 - time.time()))
         assert send(token, "C").status == 503
         it.envoy.stop()
         lines = [json.loads(line) for line in it.envoy.log.read_text().splitlines() if line.startswith("{")]
@@ -564,17 +703,82 @@ header = st.one_of(
     st.tuples(st.just("x-envoy-max-retries"), st.just("9")),
 )
 
+Ask = dict[str, Any]
+
 asked = st.fixed_dictionaries(
     {
         "token": st.sampled_from(["nobody", "premium", "free", "other", "new key", "brief", "expired", "garbage"]),
-        "path": st.sampled_from(["/x", "/x?q=1", "/x/../x", "/asked/a", "/always", "/route", "/X"]),
+        "path": st.sampled_from(["/x", "/x?q=1", "/asked/a", "/always", "/route", "/X"]),
         "headers": st.lists(header, max_size=3),
         "method": st.sampled_from(["GET", "POST"]),
-        "body": st.sampled_from([None, b'{"expert_names": ["A"]}', b"{"]),
+        "body": st.sampled_from([None, b'{"expert_names": ["A"]}', b'{"expert_names": ["D"]}', b"{"]),
     }
 )
 
+
+def renamed(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(change(name), value) for name, value in ask["headers"]]}
+
+
+def revalued(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(name, change(value)) for name, value in ask["headers"]]}
+
+
+def more(*headers: Header) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [*ask["headers"], *headers]}
+
+
+def moved(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"path": change(ask["path"])}
+
+
+def sent_as(**how: Any) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"method": "POST", "body": ask["body"] or b"{}"} | how
+
+
+# A request, told otherwise: each is sent beside the one that it is made of, which may be warm.
+TWISTS: dict[str, Callable[[Ask], Ask]] = {
+    "headers reversed": lambda ask: ask | {"headers": ask["headers"][::-1]},
+    "a header twice": lambda ask: ask | {"headers": [*ask["headers"], *ask["headers"][:1]]},
+    "the names twice": more(("x-expert-names", "A")),
+    "names in capitals": renamed(str.upper),
+    "values in capitals": revalued(str.upper),
+    "values with space around": revalued(lambda value: f"  {value}\t"),
+    "values with a comma": revalued(lambda value: f"{value},"),
+    "two tokens": more(("x-expert-access-token", PREMIUM)),
+    "spoofed": more(("x-srp-subject", "root"), ("x-srp-tier", "high"), ("x-srp-decision-id", "0")),
+    "spoofed limits": more(("x-envoy-upstream-rq-timeout-ms", "1"), ("x-envoy-retry-on", "5xx")),
+    "spoofed target": more(("x-requested-cluster", "expert-d"), ("X-Target-Cluster", "expert-d")),
+    "many headers": more(*[("x-many", str(n)) for n in range(86)]),
+    "another charset": more(("content-type", "application/json; charset=utf-16")),
+    "compressed": lambda ask: sent_as(body=gzip.compress(b"{}"))(more(("content-encoding", "gzip"))(ask)),
+    "a query": moved(lambda path: f"{path}?expert_names=D"),
+    "two slashes": moved(lambda path: f"/{path}"),
+    "a slash at the end": moved(lambda path: f"{path.partition('?')[0]}/"),
+    "dots": moved(lambda path: f"/asked/..{path}"),
+    "out of one gate": moved(lambda path: f"/asked/%2e%2e{path}"),
+    "into another": moved(lambda path: f"{path.partition('?')[0]}/../asked/a"),
+    "an escaped letter": moved(lambda path: path.replace("a", "%61")),
+    "an escaped slash": moved(lambda path: f"/asked%2f..{path}"),
+    "a parameter": moved(lambda path: f"{path.partition('?')[0]};a=b"),
+    "in chunks": sent_as(chunked=True),
+    "slowly": sent_as(pause=0.015),
+    "slowly in chunks": sent_as(pause=0.015, chunked=True),
+}
+
+BASES: list[Ask] = [
+    {"path": "/x", "headers": [("x-expert-names", "A,D"), ("x-srp-downgrade", "allow")], "method": "GET", "body": None},
+    {
+        "path": "/asked/a",
+        "headers": [("x-target-cluster", "expert-b")],
+        "method": "POST",
+        "body": b"{}",
+        "token": PREMIUM,
+    },
+    {"path": "/always", "headers": [("x-expert-access-token", FREE)], "method": "GET", "body": None},
+]
 PLAIN = {"token": "premium", "path": "/x", "headers": [], "method": "GET", "body": None}
+BRIEF = PLAIN | {"token": "brief"}
 
 EDITS = (
     ("", ""),
@@ -584,6 +788,7 @@ EDITS = (
     ("downgrade_to: [B]", "downgrade_to: [A]"),
     ("leeway: 1s", "leeway: 1s\nforward_token: true"),
     ("leeway: 1s", "leeway: 1s\nrevoked: {jti: [j-1]}"),
+    ("leeway: 1s", "leeway: 1s\nrevoked: {sub: [ada]}"),
     ("leeway: 1s", "leeway: 1s\nlease: 100ms"),
     ("- {path: /route, json: /expert_names, default: [A, B]}", "- {path: /route, header: x-expert-names}"),
     ("- {prefix: /, header: x-expert-names, default: [A, B]}", "- {prefix: /, json: /expert_names, default: [A]}"),
@@ -592,8 +797,20 @@ EDITS = (
 changes = st.one_of(
     st.tuples(st.just("swap"), st.sampled_from(EDITS)),
     st.tuples(st.just("keys"), st.sampled_from([("",), ("new",), ("", "new")])),
-    st.tuples(st.just("wait"), st.sampled_from([0.0, 0.1, 0.5])),
+    st.tuples(st.just("wait"), st.sampled_from([0.0, 0.1])),
+    st.tuples(st.just("expiry"), st.just(0.15)),
 )
+
+
+@pytest.mark.parametrize("twist", TWISTS)
+def test_a_twisted_request_as_without(it: Leased, proxy: Proxy, twist: str) -> None:
+    """After the request that it is made of has a lease."""
+    cold = it.proxies[1]
+    for ask in BASES:
+        assert proxy.leased(**ask)
+        found, expected = (p.send(**TWISTS[twist](ask)) for p in (proxy, cold))
+        assert told(found) == told(expected)
+        assert shown(found) == shown(expected)
 
 
 def test_with_leases_as_without(it: Leased) -> None:
@@ -602,32 +819,54 @@ def test_with_leases_as_without(it: Leased) -> None:
     After each change the last requests are sent again, so that whatever outlived the change would show.
     """
     warm, cold = it.proxies
+    seen: Counter[str] = Counter()
 
     @settings(max_examples=20, deadline=None, phases=[Phase.reuse, Phase.generate])
-    @given(st.lists(st.tuples(changes, st.lists(asked, min_size=1, max_size=4)), min_size=2, max_size=6))
-    def agree(steps: list[tuple[Any, list[dict[str, Any]]]]) -> None:
-        brief = int(time.time()) + 1
-        callers = {**CALLERS, "brief": tokens.sign(tokens.claims(plan="premium", exp=brief))}
-        sent: list[dict[str, Any]] = [PLAIN]
+    @given(
+        st.lists(
+            st.tuples(changes, st.lists(st.tuples(asked, st.sampled_from([*TWISTS])), min_size=1, max_size=3)),
+            min_size=3,
+            max_size=6,
+        )
+    )
+    def agree(steps: list[tuple[Any, list[tuple[Ask, str]]]]) -> None:
+        callers = {**CALLERS, "brief": CALLERS["expired"]}
+        ends = 0.0
+
+        def compare(request: Ask) -> None:
+            began, hits = time.time(), it.decided
+            found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
+            if not began < ends <= time.time():  # it ended between the two
+                assert told(found) == told(expected)
+                assert shown(found) == shown(expected)
+            seen["repeated" if it.decided == hits + 1 else "decided"] += 1
+
+        sent: list[Ask] = []
         for (kind, what), requests in steps:
+            seen[kind] += 1
             if kind == "swap":
                 it.swap(it.text.replace(*what) + f"# {time.time()}\n")
             elif kind == "keys":
                 it.rotate(*what)
+            elif kind == "expiry":
+                ends = time.time() + what
+                callers["brief"] = tokens.sign(tokens.claims(plan="premium", exp=ends - LEEWAY))
+                compare(BRIEF)
+                compare(BRIEF)
+                time.sleep(max(0.0, ends - time.time()))
+                compare(BRIEF)
             else:
                 time.sleep(what)
-            sent = [PLAIN, *[*sent[1:], *requests][-7:]]
-            for request in (*sent, *sent):
-                began = time.time()
-                found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
-                if not began < brief + 1 <= time.time():  # it ended between the two
-                    assert told(found) == told(expected)
-                    assert shown(found) == shown(expected)
+            seen.update(twist for _, twist in requests)
+            new = [made for ask, twist in requests for made in (ask, TWISTS[twist](ask))]
+            for request in (PLAIN, *sent[-4:], *new, *new, PLAIN):
+                compare(request)
+            sent += new
         it.rotate("")
 
-    before = warm.counters()["disabled"]
     agree()
-    assert warm.counters()["disabled"] - before > 20, "it proves nothing if all requests are decided anew"
+    assert {"swap", "keys", "wait", "expiry"} <= set(seen), "it proves nothing of what was never tried"
+    assert seen["repeated"] > 50, "it proves nothing if all requests are decided anew"
 
 
 # ---- means ----
