@@ -567,7 +567,7 @@ def test_ext_authz_gone() -> None:
         it.envoy.stop()
         lines = [json.loads(line) for line in it.envoy.log.read_text().splitlines() if line.startswith("{")]
         repeated = [e["srp"] for e in lines if e["srp"]["leased"]]
-        assert len(repeated) > 5
+        assert len(repeated) >= 3
         assert {(e["decision_id"], e["decision"], e["candidates"], e["caller_tier"]) for e in repeated} == {
             (first.headers["x-srp-decision-id"], "allow", "C", "high")
         }
