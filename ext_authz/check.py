@@ -19,8 +19,8 @@ from ext_authz.policy import TOKEN_HEADERS, GateRule, Policy, decide
 from ext_authz.recent import Recent, Uses
 
 DOWNGRADE = "x-srp-downgrade"
-CACHED_TOKENS = 16_384
-CACHED_DECISIONS = 16_384
+CACHED_TOKENS = 32_768
+CACHED_DECISIONS = 32_768
 MEMORIES = ("tokens", "decisions", "headings")  # of a Snapshot
 MAX_PATH = 1024  # characters; requests for longer paths are not remembered
 _PLACE = 1024  # bytes of a token in an ordinary place of a memory

@@ -17,7 +17,7 @@ PARTIAL_BODY = "x-envoy-auth-partial-body"
 ENCODING = "content-encoding"
 CONTENT_TYPE = "content-type"
 
-_NAME = re.compile(r"[!-+\--:<-~]+", re.ASCII)  # visible ASCII without comma and semicolon
+_NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
 _UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
@@ -107,8 +107,9 @@ def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
     """
     for token in pointer:
         if isinstance(value, dict):
-            if any(len(name) == len(token) and name != token and _same_letters(name, token) for name in value):
-                return _AMBIGUOUS
+            for name in value:
+                if len(name) == len(token) and name != token and _same_letters(name, token):
+                    return _AMBIGUOUS
             value = value.get(token, _ABSENT)
         elif isinstance(value, list) and _INDEX.fullmatch(token):
             value = value[int(token)] if int(token) < len(value) else _ABSENT
@@ -133,7 +134,7 @@ def _checked(names: list[str], where: str) -> Names | Refusal:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, f"{where} names no expert")
     if len(names) > MAX_NAMES:
         return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are read")
-    if any(len(n) > MAX_NAME_LENGTH or not _NAME.fullmatch(n) for n in names):
+    if not all(map(_NAME.fullmatch, names)):
         return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
     return tuple(dict.fromkeys(names))
 

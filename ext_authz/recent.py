@@ -1,8 +1,7 @@
-"""A bounded memory: when it is full, what was not asked for longest is forgotten."""
+"""A bounded memory: when it is full, what was not asked for lately is forgotten."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,23 +19,31 @@ class Uses:
 
 
 class Recent(Generic[K, V]):
-    """At most `size` values by their keys, fewer if some are large; least recently used goes first. Never None."""
+    """At most `size` values by their keys, fewer if some are large. Never None.
 
-    __slots__ = ("_filled", "_items", "size", "uses")
+    They live in two generations, and what is used comes into the young one. When that is half of `size`, it becomes the
+    old one, and the old one is forgotten. So the latest half always stays, and to find what is in use changes nothing:
+    an order of use would cost more than all else here.
+    """
+
+    __slots__ = ("_filled", "_old", "_young", "size", "uses")
 
     def __init__(self, size: int, uses: Uses | None = None) -> None:
-        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
-        self._filled = 0
+        self._young: dict[K, tuple[V, int]] = {}
+        self._old: dict[K, tuple[V, int]] = {}
+        self._filled = 0  # of the young one
         self.size = size
         self.uses = uses or Uses()
 
     def get(self, key: K) -> V | None:
         """What is remembered under `key`, if anything is."""
-        item = self._items.get(key)
+        item = self._young.get(key)
         if item is None:
-            self.uses.misses += 1
-            return None
-        self._items.move_to_end(key)
+            item = self._old.get(key)
+            if item is None:
+                self.uses.misses += 1
+                return None
+            self.keep(key, *item)
         self.uses.hits += 1
         return item[0]
 
@@ -45,14 +52,15 @@ class Recent(Generic[K, V]):
 
     def keep(self, key: K, value: V, places: int = 1) -> None:
         """Remember `value`; it takes as much room as that many ordinary ones."""
-        items = self._items
-        if key in items:
-            self._filled -= items.pop(key)[1]
-        items[key] = value, places
+        if key in self._young:
+            self._filled -= self._young.pop(key)[1]
+        else:
+            self._old.pop(key, None)
+        if self._young and self._filled + places > max(1, self.size // 2):
+            self.uses.evictions += len(self._old)
+            self._old, self._young, self._filled = self._young, {}, 0
+        self._young[key] = value, places
         self._filled += places
-        while self._filled > self.size:
-            self._filled -= items.popitem(last=False)[1][1]
-            self.uses.evictions += 1
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._young) + len(self._old)

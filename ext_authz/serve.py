@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,8 @@ async def _serve(settings: Settings) -> None:
         stack.push_async_callback(workers.stop, 0.0)
         workers.start()
         await control.start()
+        gc.collect()
+        gc.freeze()  # what is here now stays: no later collection needs to walk through it
 
         counter = LeaseCounter(settings.envoy_admin)
 

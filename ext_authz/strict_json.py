@@ -6,6 +6,7 @@ Source: RFC 8259, with the stricter reading of RFC 7493 (I-JSON) §2.3 on duplic
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from math import isinf
 from typing import Any
 
@@ -21,7 +22,7 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
     try:
-        value = _decode(text)
+        value = _value(text)
     except RecursionError:
         raise ValueError(f"is nested over {max_depth} deep") from None
     except json.JSONDecodeError as e:
@@ -30,6 +31,15 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
     if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
         raise ValueError(f"is nested over {max_depth} deep")
     return value
+
+
+def _value(text: str) -> Any:
+    """`_DECODER.decode`, by a shorter way if there is no white space around the value."""
+    with suppress(StopIteration):  # no value begins here
+        value, end = _DECODER.scan_once(text, 0)
+        if end == len(text):
+            return value
+    return _DECODER.decode(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,9 +66,9 @@ def _real(text: str) -> float:
     return value
 
 
-_decode = json.JSONDecoder(
+_DECODER: Any = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_real
-).decode
+)
 
 
 def _deeper(value: Any, limit: int) -> bool:

@@ -38,7 +38,7 @@ _IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _PREPARED = 1024  # decisions whose answers are kept
-_SUBJECTS = 1024  # to remember
+_SUBJECTS = 16_384  # to remember
 MAX_RETRIES = 10
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"

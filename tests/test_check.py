@@ -275,7 +275,7 @@ def test_names_that_anybody_can_invent_are_not_remembered() -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     """Ever-new tokens, names and headers: each memory keeps its size, the newest stay, what was dropped is counted."""
-    memory = Memory(tokens=3, decisions=2)
+    memory = Memory(tokens=4, decisions=2)
     snapshot = memory.snapshot(POLICY, keys(), 1)
     for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
         answered(snapshot, asks(names, token(sub=f"caller-{n}")))
@@ -285,15 +285,38 @@ def test_what_is_remembered_is_bounded() -> None:
     assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
 
 
-def test_the_least_recently_used_is_forgotten_first() -> None:
-    """Looking something up keeps it; so does remembering it again."""
-    recent: Recent[str, int] = Recent(2)
-    recent["a"], recent["b"] = 1, 2
-    assert recent.get("a") == 1
-    recent["c"] = 3
-    assert [recent.get(k) for k in "abc"] == [1, None, 3]
-    recent["a"], recent["d"] = 4, 5
-    assert [recent.get(k) for k in "acd"] == [4, None, 5]
+@given(
+    st.integers(1, 8),
+    st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from([0, 1, 1, 1, 3])), max_size=60),
+)
+def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tuple[str, int]]) -> None:
+    """Keys are looked up (0) or kept with so many places. What is there is what was kept last under its key."""
+    recent: Recent[str, int] = Recent(size)
+    kept: dict[str, tuple[int, int]] = {}
+    order: list[str] = []
+    gone = 0
+    for n, (key, places) in enumerate(used):
+        before = {k for k in kept if k in recent._young or k in recent._old}
+        if places:
+            recent.keep(key, n, places)
+            kept[key] = n, places
+        elif (found := recent.get(key)) is not None:
+            assert found == kept[key][0]
+        else:
+            assert key not in before
+        here = {k for k in kept if k in recent._young or k in recent._old}
+        gone += len(before - here)
+        if key in here:
+            order = [*(k for k in order if k != key), key]
+        assert recent.uses.evictions == gone
+        assert len(recent) == len(here)
+        assert len(recent._young) == 1 or sum(kept[k][1] for k in recent._young) <= max(1, size // 2)
+        latest, room = set(), max(1, size // 2)
+        for k in reversed(order):
+            if k not in here or (room := room - kept[k][1]) < 0:
+                break
+            latest.add(k)
+        assert latest <= here
 
 
 def test_a_long_path_is_not_remembered() -> None:
