@@ -1,5 +1,6 @@
--- wrk -s load.lua URL -- FILE START: sends the requests in FILE (each ended by a NUL) in turn, from number START on, and
--- prints one JSON line.
+-- wrk -s load.lua URL -- FILE START [PAUSE]: sends the requests in FILE (each ended by a NUL) in turn, from number START
+-- on, and prints one JSON line. With PAUSE each connection waits before each request, so many milliseconds on average,
+-- exponentially distributed: many connections together make a Poisson stream.
 
 local requests, at = {}, 0
 
@@ -10,6 +11,13 @@ function init(args)
   end
   file:close()
   at = tonumber(args[2])
+  local pause = tonumber(args[3])
+  if pause then
+    math.randomseed(os.time())
+    function delay()
+      return math.floor(-pause * math.log(1 - math.random()) + 0.5)
+    end
+  end
 end
 
 function request()

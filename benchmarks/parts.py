@@ -179,10 +179,11 @@ def native() -> list[Json]:
     ]
 
 
-def load(port: int, requests: Path, start: int, connections: int, seconds: int) -> Json:
-    """One run of wrk, in a closed loop: what load.lua prints."""
+def load(port: int, requests: Path, start: int, connections: int, seconds: int, pause: int | None = None) -> Json:
+    """One run of wrk: what load.lua prints. In a closed loop, or with pauses of so many milliseconds on average."""
     url = f"http://{HOST}:{port}/"
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", HERE / "load.lua", url, "--", requests, start]
+    command += [] if pause is None else [pause]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     found: Json = json.loads(done.stdout.splitlines()[-1])
     return found

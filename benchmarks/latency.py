@@ -1,0 +1,55 @@
+"""Latency at a steady rate: SRP beside the empty gRPC server, behind the same Envoy configuration.
+
+wrk sends a Poisson stream of requests, by many connections that each pause between two requests, so that an answer that
+is late holds up only its own connection. The servers take turns, round after round. Prints the medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import parts
+from check import VARIANTS, Bench
+
+ASKED = ("floor", "hot")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=int, default=1000, help="requests a second (default: 1000)")
+    parser.add_argument("--seconds", type=int, default=5, help="of each measurement (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--clients", type=int, default=200, help="connections (default: 200)")
+    args = parser.parse_args()
+    variants = [v for v in VARIANTS if v.name in ASKED]
+    found: dict[str, list[tuple[float, float, float]]] = {v.name: [] for v in variants}
+    with tempfile.TemporaryDirectory(prefix="srp-bench-") as made, ExitStack() as stack:
+        bench = Bench(variants, Path(made), stack)
+        pause = round(args.clients / args.rate * 1000)
+        for v in variants:
+            bench.warm(v)
+        for _ in range(args.rounds):
+            for v in variants:
+                requests = Path(made) / f"{v.name}.requests"
+                sample = parts.load(bench.ports[v.name], requests, 0, args.clients, args.seconds, pause)
+                good = sample["requests"] - sample["refused"] - sample["broken"]
+                found[v.name].append((sample["p50_ms"], sample["p99_ms"], good / sample["seconds"]))
+    print(f"{args.rate} requests a second, {args.clients} connections; p99: median, lowest to highest of {args.rounds}")
+    print("| variant | answers/s | p50 ms | p99 ms | lowest to highest |")
+    print("|---|---|---|---|---|")
+    for v in variants:
+        p50, p99, rate = (statistics.median(column) for column in zip(*found[v.name], strict=True))
+        tails = sorted(t for _, t, _ in found[v.name])
+        print(f"| {v.what} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {tails[0]:.2f} to {tails[-1]:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

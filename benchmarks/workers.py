@@ -1,0 +1,108 @@
+"""What more processes bring: the same checks in one process and in several at once, without gRPC, Envoy and clients.
+
+Every process has a policy, caches and tokens of its own and decides as `srp serve` does, bytes to bytes, as fast as it
+can: the part of the work that `srp serve --workers` spreads. On a machine of few cores a load generator would take the
+cores that it is to measure. Prints checks a second, all processes together, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import callers
+from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
+
+from ext_authz import policy_file
+from ext_authz.check import Memory
+from ext_authz.jwk import parse_jwks
+from ext_authz.keys import KeyStore
+from ext_authz.metrics import Tally
+from ext_authz.server import Authorization, Epoch
+from ext_authz.twin import twins
+
+KINDS = {"one token": 1, "new RS256 token each time": 1500}
+_Request = twins(CheckRequest)[CheckRequest]
+
+
+def asks(token: str) -> bytes:
+    """A CheckRequest for A and B."""
+    request = _Request()
+    http = request.attributes.request.http
+    http.method, http.path = "GET", "/"
+    for name, value in (("authorization", f"Bearer {token}"), ("x-expert-names", "A,B"), ("user-agent", "benchmark/1")):
+        http.header_map.headers.add(key=name, raw_value=value.encode())
+    return bytes(request.SerializeToString())
+
+
+async def work(tokens: int, seconds: float) -> None:
+    """A process: says that it is ready, waits for a line, checks for so long, says how many it made in a second."""
+    with tempfile.TemporaryDirectory(prefix="srp-bench-") as made:
+        jwks = json.dumps(callers.jwks())
+        (Path(made) / "jwks.json").write_text(jwks)
+        policy = policy_file.parse(callers.policy("127.0.0.1:9").encode(), base=Path(made))
+    keys = {callers.ISSUER: parse_jwks(jwks.encode())}
+    snapshot = Memory(tokens=1000, decisions=1000).snapshot(policy, keys, 1)
+    authorization = Authorization(Epoch.of(snapshot), KeyStore(), Tally())
+    requests = [asks(callers.token("RS256", f"caller-{n}")) for n in range(tokens)]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    n, began = 0, time.monotonic()
+    while time.monotonic() < began + seconds:
+        for _ in range(50):
+            await authorization.check(requests[n % tokens])
+            n += 1
+    print(n / (time.monotonic() - began), flush=True)
+
+
+def together(processes: int, tokens: int, seconds: float) -> float:
+    """Checks a second of so many processes at once."""
+    command = [sys.executable, __file__, "--work", str(tokens), "--seconds", str(seconds)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    for process in running:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="beside one (default: 2)")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        asyncio.run(work(args.work, args.seconds))
+        return 0
+    print(f"| checks | 1 process | {args.processes} processes | ratio | lowest to highest |")
+    print("|---|---|---|---|---|")
+    for kind, tokens in KINDS.items():
+        pairs = [
+            (together(1, tokens, args.seconds), together(args.processes, tokens, args.seconds))
+            for _ in range(args.rounds)
+        ]
+        one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = sorted(b / a for a, b in pairs)
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(f"| {kind} | {one:,.0f}/s | {several:,.0f}/s | {statistics.median(ratios):.2f} | {spread} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
