@@ -24,6 +24,7 @@ CACHED_DECISIONS = 32_768
 MEMORIES = ("tokens", "decisions", "headings")  # of a Snapshot
 MAX_PATH = 1024  # characters; requests for longer paths are not remembered
 _PLACE = 1024  # bytes of a token in an ordinary place of a memory
+_PLACE_PATH = 128  # characters of a path, likewise
 _PLACE_NAMES = 16  # experts that a decision names, asked and chosen, likewise
 _UNREAD = Request("", "", {})
 
@@ -136,9 +137,10 @@ def remember(snapshot: Snapshot, heading: Heading, request: Request, outcome: Ou
         return
     rule = gate.rule_for(snapshot.policy, request.path)
     if rule is None or rule.pointer is None:
-        snapshot.headings.keep(heading, outcome, _places(decision))
+        snapshot.headings.keep(heading, outcome, _places(decision) + len(request.path) // _PLACE_PATH)
     else:
-        snapshot.headings.keep(heading, Asked(caller, rule, may_downgrade(request)))
+        asked = Asked(caller, rule, may_downgrade(request))
+        snapshot.headings.keep(heading, asked, 1 + len(request.path) // _PLACE_PATH)
 
 
 def _decision(snapshot: Snapshot, caller: Identity, names: tuple[str, ...], downgrade: bool) -> Decision:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ext_authz.condition import Truth, context
 from ext_authz.model import Decision, Identity, Refusal, Request
-from ext_authz.policy import Policy
+from ext_authz.policy import Policy, claims_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Coverage:
     def _clearance(self, caller: Identity) -> None:
         if caller.anonymous:
             return
-        variables = context(caller.claims)
+        variables = context(claims_read(self._policy, caller.claims))
         for rule in self._policy.clearance:
             if rule.when.holds(variables) is Truth.YES:
                 self._touched.add(rule.when.where)

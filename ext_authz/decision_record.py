@@ -20,6 +20,7 @@ from ext_authz.check import Snapshot, identify, may_downgrade
 from ext_authz.condition import Truth, compile_condition, context
 from ext_authz.difference import Difference
 from ext_authz.model import Decision, Identity, Reason, Request, Verdict
+from ext_authz.policy import Policy, claims_read
 
 MAX_DEPTH = 24  # nesting; a token's claims are not nested deeper, with room for what holds them
 MAX_PATH = 2048  # characters; no gate rule is longer than half of it
@@ -126,13 +127,13 @@ class Scribe:
         """The record of one decision, with its line break. `now` is the time it was made at."""
         decided = self._decisions.get(decision)
         if decided is None:
-            decided = self._decisions[decision] = _decided(snapshot.policy.digest, decision)
+            decided = self._decisions[decision] = _decided(decision)
         caller = self._caller(snapshot, request, decision, now)
         path = _text(request.path) if len(request.path) <= MAX_PATH else "null"
         told = f',"shadow":"{shadow.value}"' if shadow is not None else ""
         downgrade = "true" if may_downgrade(request) else "false"
         text = (
-            f'{{"time":{now:.6f},"decision_id":"{decision_id}",{decided},{caller},'
+            f'{{"time":{now:.6f},"decision_id":"{decision_id}","policy":{_text(snapshot.policy.digest)},{decided},{caller},'
             f'"downgrade":{downgrade},"method":{_text(request.method)},"path":{path}{told}}}\n'
         )
         return text.encode()
@@ -145,15 +146,14 @@ class Scribe:
             return f'"anonymous":{anonymous},"claims":null,"absent":[]'
         text = self._callers.get(caller)  # a caller is one snapshot's, and so is what the policy logs of it
         if text is None:
-            text = self._callers[caller] = _described(caller, snapshot.policy.log_claims)
+            text = self._callers[caller] = _described(caller, snapshot.policy)
         return text
 
 
-def _decided(digest: str, decision: Decision) -> str:
+def _decided(decision: Decision) -> str:
     named = decision.requested + decision.unknown
     return ",".join(
         (
-            f'"policy":{_json(digest)}',
             f'"verdict":"{decision.verdict.value}"',
             f'"reason":"{decision.reason.value}"',
             f'"requested":{_json(named) if named else "null"}',
@@ -163,12 +163,12 @@ def _decided(digest: str, decision: Decision) -> str:
     )
 
 
-def _described(caller: Identity, logged: tuple[str, ...]) -> str:
+def _described(caller: Identity, policy: Policy) -> str:
     if caller.anonymous:
         return '"anonymous":true,"claims":{},"absent":[]'
-    if _READABLE.holds(context(caller.claims)) is Truth.ERROR:
+    if _READABLE.holds(context(claims_read(policy, caller.claims))) is Truth.ERROR:
         # No condition could read any of these claims, which a replay with a part of them would not show.
         return '"anonymous":false,"claims":null,"absent":[]'
-    claims = {name: caller.claims[name] for name in logged if name in caller.claims}
-    absent = [name for name in logged if name not in caller.claims]
+    claims = {name: caller.claims[name] for name in policy.log_claims if name in caller.claims}
+    absent = [name for name in policy.log_claims if name not in caller.claims]
     return f'"anonymous":false,"claims":{_json(claims)},"absent":{_json(absent)}'

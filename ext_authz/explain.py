@@ -11,7 +11,7 @@ from ext_authz import identity
 from ext_authz.condition import Truth, context
 from ext_authz.keys import KeyStore
 from ext_authz.model import Claims, Decision, Identity, Reason, Refusal, Request
-from ext_authz.policy import Policy, clearance, decide
+from ext_authz.policy import Policy, claims_read, clearance, decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _lines(policy: Policy, decision: Decision) -> Iterable[Line]:
 def _tier_rule(policy: Policy, caller: Identity) -> str:
     if caller.anonymous:
         return "anonymous"
-    variables = context(caller.claims)
+    variables = context(claims_read(policy, caller.claims))
     for rule in policy.clearance:
         if rule.when.holds(variables) is Truth.YES:
             return f"line {rule.when.line}: {rule.when.where}"

@@ -42,7 +42,10 @@ class LeaseCounts:
 
 async def fetch(admin: tuple[str, int]) -> LeaseCounts:
     """The counts of the Envoy whose admin interface is at `admin`. CountsError if they cannot be had in time."""
-    url = URL.build(scheme="http", host=admin[0], port=admin[1], path="/stats")
+    try:
+        url = URL.build(scheme="http", host=admin[0], port=admin[1], path="/stats")
+    except ValueError:
+        raise CountsError("not an address") from None
     asked = url.with_query(format="json", filter=FILTER)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     try:

@@ -180,7 +180,7 @@ def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
         return 0, ()
     if policy.claims_read is None:
         return _clearance(policy, claims)
-    read = _read(policy, claims)
+    read = claims_read(policy, claims)
     key = repr(read)  # tells all JSON values apart: 1, 1.0, True and "1" differ
     if len(key) > _EARNED_BY:
         return _clearance(policy, read)
@@ -202,7 +202,7 @@ def _clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
     return 0, tuple(errors)
 
 
-def _read(policy: Policy, claims: Claims) -> Claims:
+def claims_read(policy: Policy, claims: Claims) -> Claims:
     """Those of the claims that a condition may read: to make CEL's values of the others would be dear and in vain."""
     if policy.claims_read is None:
         return claims
@@ -276,7 +276,7 @@ class _Bench:
             return None
         if self._variables is None:
             request = readable(self._request) if self._policy.reads_request else None
-            self._variables = context(_read(self._policy, self._caller.claims), request)
+            self._variables = context(claims_read(self._policy, self._caller.claims), request)
         truth = expert.allow.holds(self._variables)
         if truth is Truth.ERROR:
             self.errors.append(expert.allow.where)

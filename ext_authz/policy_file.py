@@ -5,6 +5,7 @@ A file that has any mistake gives no policy at all. Source of the format: docs/p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from ext_authz.condition import VARIABLES, Condition, compile_condition
 from ext_authz.condition_reads import Members, members
 from ext_authz.gate import REQUESTED_CLUSTER
 from ext_authz.policy import (
+    TOKEN_HEADERS,
     ClearanceRule,
     Expert,
     GateRule,
@@ -50,6 +52,11 @@ _HOLES: dict[str, Any] = {
     "experts": schema.Expert.model_construct(),
     "gate": schema.GateRule.model_construct({"path"}, default=["A"]),
 }
+_NAMES = "|".join((*map(re.escape, (*schema.UNSENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
+# Where a condition reads a header that is never in `request.headers`: "it is absent" would hold for every request.
+_UNSENT = re.compile(
+    rf"headers(?:[\"']\s*\])?\s*(?:\[\s*[\"']({_NAMES})[\"']|\.\s*({_NAMES})\b)|[\"']({_NAMES})[\"']\s+in\s+request\b"
+)
 _STAND_INS = {"version": 1, "tiers": ["low"], "experts": {"A": _HOLES["experts"]}}
 
 
@@ -287,11 +294,14 @@ class _Compiler:
     def _condition(self, text: str, path: policy_source.Path, allowed: frozenset[str]) -> Condition | None:
         where = policy_source.rendered(path)
         try:
-            return compile_condition(text, where, self._line(path), allowed)
+            condition = compile_condition(text, where, self._line(path), allowed)
         except ValueError as e:
             reason = printable(str(e), 300)
             self._add(path, f"not a condition: {reason[:1].lower()}{reason[1:]}")
             return None
+        if "request" in condition.reads and (unsent := _UNSENT.search(text)):
+            self._add(path, f"reads header {quoted(unsent[unsent.lastindex or 0])}, which conditions never see")
+        return condition
 
     def _tier(self, name: str, path: policy_source.Path) -> int:
         if name not in self._tiers and "tiers" not in self._broken:

@@ -38,7 +38,8 @@ _IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _PREPARED = 1024  # decisions whose answers are kept
-_SUBJECTS = 16_384  # to remember
+_SUBJECTS = 16_384  # to remember what is written of them
+_SHORT = 128  # characters of such a one
 MAX_RETRIES = 10
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
@@ -125,7 +126,9 @@ class Writer:
         """A serialised CheckResponse with `decision_id`, or an id of its own, for a caller of that `subject`."""
         parts = self._prepared.get(decision) or self._prepare(decision)
         answer = (decision_id or self.new_id()).encode().join(parts)
-        return answer + _whose(subject) if decision.serve else answer
+        if not decision.serve:
+            return answer
+        return answer + (_whose(subject) if len(subject) <= _SHORT else _whose.__wrapped__(subject))
 
     def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "") -> bytes:
         """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""

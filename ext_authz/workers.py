@@ -153,7 +153,12 @@ class Workers:
             process, link = await asyncio.to_thread(worker_process.spawn, place.path)
         except OSError as e:
             return f"it cannot be started: {e}"
-        reader, writer = await asyncio.open_unix_connection(sock=link)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=link)
+        except OSError as e:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+            return f"it cannot be spoken to: {e}"
         worker = WorkerProcess(place, process, writer, time.monotonic())
         self._living.add(worker)
         why = "it left"

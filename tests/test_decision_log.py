@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ import pytest
 
 from asks import asks, authorization, load_policy, snapshot, token, told, wait_until
 from ext_authz import decision_log as module
+from ext_authz.check import Snapshot
 from ext_authz.decision_log import DecisionLog
 from ext_authz.decision_record import MAX_PATH, Record, Scribe
 from ext_authz.difference import Difference
 from ext_authz.model import Decision, Reason, Request, Verdict
 from ext_authz.policy import Policy
+from ext_authz.wire import INTERNAL
 from ext_authz.witness import Witness
 
 # ---- what a record holds ---------------------------------------------------------------------------------------------
@@ -76,8 +79,11 @@ RECORDS = [
     ("unreadable", b"\xff", {"reason": "internal_error", "requested": None, "method": "", "path": ""}),
     ("a path too long to keep", asks("A", path="/" + "x" * MAX_PATH), {"path": None}),
     ("no second line", asks("A", path="/a\nb", method="G\r\n"), {"path": "/a\nb", "method": "G\r\n"}),
-    ("claims no condition can read", asks("A", caller=token(plan="premium", other="\ud800")), {
+    ("claims no condition can read", asks("A", caller=token(plan="\ud800")), {
         "anonymous": False, "claims": None, "absent": [],
+    }),
+    ("such a claim that no condition reads", asks("C", caller=token(plan="premium", other="\ud800")), {
+        "verdict": "allow", "tier": "high", "anonymous": False, "claims": {"plan": "premium"}, "absent": ["org"],
     }),
 ]  # fmt: skip
 
@@ -88,6 +94,15 @@ def test_a_record_tells_the_decision(tmp_path: Path, call: bytes, expected: dict
     (told_of,) = record(load_policy(tmp_path), call)
     assert told_of | expected == told_of
     assert time.time() - 60 < told_of["time"] < time.time() + 60
+
+
+def test_a_decision_of_no_policy_is_logged_under_the_one_in_force(tmp_path: Path) -> None:
+    """An internal error is the same decision whatever the policy."""
+    policy, scribe = load_policy(tmp_path), Scribe()
+    for digest in ("one", "two"):
+        snapshot = Snapshot(replace(policy, digest=digest))
+        line = scribe.line(snapshot, Request("", "", {}), INTERNAL, "0" * 16, 1.0)
+        assert json.loads(line)["policy"] == digest
 
 
 def test_a_record_can_be_read_back(tmp_path: Path) -> None:

@@ -382,6 +382,28 @@ def test_the_smallest_policy() -> None:
 
 
 @pytest.mark.parametrize(
+    ("allow", "header"),
+    [
+        ('!("content-length" in request.headers)', "content-length"),
+        ("!has(request.headers.traceparent)", "traceparent"),
+        ('request.headers["x-request-id"] != ""', "x-request-id"),
+        ('request["headers"]["authorization"] != ""', "authorization"),
+        ("request.headers['x-b3-traceid'] == 'x'", "x-b3-traceid"),
+        ('request.method == "GET" && "baggage" in claims.scopes', None),
+        ('request.headers["x-team"] == "traceparent"', None),
+    ],
+)
+def test_a_condition_on_a_header_that_is_never_there_is_refused(allow: str, header: str | None) -> None:
+    """It would hold, or not hold, whatever the client sends."""
+    experts = {"A": {"tier": "low", "endpoints": ["a:1"], "allow": allow}}
+    if header is None:
+        assert policy(experts=experts).reads_request
+        return
+    with pytest.raises(PolicyError, match=f"reads header `{header}`, which conditions never see"):
+        policy(experts=experts)
+
+
+@pytest.mark.parametrize(
     ("when", "allow", "read"),
     [
         ('claims.plan == "x"', 'claims.org == "y" && request.method == "GET"', {"plan", "org"}),
