@@ -8,7 +8,10 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
 from jwt.algorithms import get_default_algorithms
+
+from ext_authz.twin import twins
 
 ISSUER = "https://idp.example.com/"
 AUDIENCE = "moe-gateway"
@@ -20,6 +23,7 @@ _KEYS: dict[str, Any] = {
     "EdDSA": ed25519.Ed25519PrivateKey.generate(),
 }
 _PYJWT = jwt.PyJWS()
+_Request: Any = twins(CheckRequest)[CheckRequest]
 
 
 def jwks() -> dict[str, Any]:
@@ -77,3 +81,13 @@ def request(names: str, bearer: str | None = None, body: bool = False) -> bytes:
         *([f"content-type: application/json\r\ncontent-length: {len(content)}"] if body else []),
     ]  # fmt: skip
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def check_request(headers: dict[str, str], method: str = "GET", path: str = "/", body: bytes = b"") -> bytes:
+    """A CheckRequest as Envoy would send it for such a request."""
+    request = _Request()
+    http = request.attributes.request.http
+    http.method, http.path, http.raw_body = method, path, body
+    for name, value in headers.items():
+        http.header_map.headers.add(key=name, raw_value=value.encode())
+    return bytes(request.SerializeToString())

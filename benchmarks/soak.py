@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
+from callers import check_request
 from parts import rss
 
 from ext_authz import policy_file
@@ -31,7 +31,6 @@ from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally
 from ext_authz.policy import Policy
 from ext_authz.server import Authorization, Epoch
-from ext_authz.twin import twins
 
 SECRET = b"a secret of thirty-two bytes or more"
 ISSUER = "https://idp.example.com/"
@@ -57,7 +56,6 @@ def _b64(data: bytes) -> str:
 
 
 HEADER = _b64(b'{"alg":"HS256"}')
-_Request = twins(CheckRequest)[CheckRequest]
 
 
 def asks(n: int, now: int) -> bytes:
@@ -72,17 +70,11 @@ def asks(n: int, now: int) -> bytes:
     }
     signed = f"{HEADER}.{_b64(json.dumps(claims).encode())}"
     signature = hmac.digest(SECRET if n % 10 else b"another", signed.encode(), hashlib.sha256)
-    request = _Request()
-    http = request.attributes.request.http
-    http.method, http.path = "POST", "/route" if n % 10 == 1 else "/"
+    body = b'{"expert_names": ["A", "C"]}' if n % 10 == 1 else b""
     headers = {"authorization": f"Bearer {signed}.{_b64(signature)}", "x-request-id": str(n)}
-    if n % 10 == 1:
-        http.raw_body = b'{"expert_names": ["A", "C"]}'
-    else:
+    if not body:
         headers["x-expert-names"] = f"X{n},A" if n % 10 == 2 else "A,C"
-    for name, value in headers.items():
-        http.header_map.headers.add(key=name, raw_value=value.encode())
-    return bytes(request.SerializeToString())
+    return check_request(headers, "POST", "/route" if body else "/", body)
 
 
 async def soak(checks: int, policy: Policy) -> list[int]:

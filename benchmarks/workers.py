@@ -20,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import callers
-from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
 
 from ext_authz import policy_file
 from ext_authz.check import Memory
@@ -28,20 +27,8 @@ from ext_authz.jwk import parse_jwks
 from ext_authz.keys import KeyStore
 from ext_authz.metrics import Tally
 from ext_authz.server import Authorization, Epoch
-from ext_authz.twin import twins
 
 KINDS = {"one token": 1, "new RS256 token each time": 1500}
-_Request = twins(CheckRequest)[CheckRequest]
-
-
-def asks(token: str) -> bytes:
-    """A CheckRequest for A and B."""
-    request = _Request()
-    http = request.attributes.request.http
-    http.method, http.path = "GET", "/"
-    for name, value in (("authorization", f"Bearer {token}"), ("x-expert-names", "A,B"), ("user-agent", "benchmark/1")):
-        http.header_map.headers.add(key=name, raw_value=value.encode())
-    return bytes(request.SerializeToString())
 
 
 async def work(tokens: int, seconds: float) -> None:
@@ -53,7 +40,13 @@ async def work(tokens: int, seconds: float) -> None:
     keys = {callers.ISSUER: parse_jwks(jwks.encode())}
     snapshot = Memory(tokens=1000, decisions=1000).snapshot(policy, keys, 1)
     authorization = Authorization(Epoch.of(snapshot), KeyStore(), Tally())
-    requests = [asks(callers.token("RS256", f"caller-{n}")) for n in range(tokens)]
+    requests = [
+        callers.check_request({
+            "authorization": f"Bearer {callers.token('RS256', f'caller-{n}')}", "x-expert-names": "A,B",
+            "user-agent": "benchmark/1",
+        })
+        for n in range(tokens)
+    ]  # fmt: skip
     print("ready", flush=True)
     sys.stdin.readline()
     n, began = 0, time.monotonic()

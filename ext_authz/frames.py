@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -17,6 +17,8 @@ from ext_authz.counts import Counts
 
 MAX_FRAME = 64 * 1024 * 1024  # bytes; a policy has up to 8 MiB, and its 64 issuers up to 100 keys each
 _LENGTH = 4  # bytes
+
+M = TypeVar("M")
 
 
 class BadFrame(Exception):
@@ -147,20 +149,20 @@ def frame(message: Message) -> bytes:
 
 async def read_to_worker(reader: asyncio.StreamReader) -> ToWorker | None:
     """The owner's next message, None if it is gone; BadFrame for anything else."""
-    data = await _read(reader)
-    try:
-        return None if data is None else TO_WORKER.validate_json(data, strict=True)
-    except ValidationError:
-        raise BadFrame("not a message to a worker") from None
+    return await _message(reader, TO_WORKER, "a worker")
 
 
 async def read_to_owner(reader: asyncio.StreamReader) -> ToOwner | None:
     """A worker's next message, None if it is gone; BadFrame for anything else."""
+    return await _message(reader, TO_OWNER, "an owner")
+
+
+async def _message(reader: asyncio.StreamReader, known: TypeAdapter[M], to: str) -> M | None:
     data = await _read(reader)
     try:
-        return None if data is None else TO_OWNER.validate_json(data, strict=True)
+        return None if data is None else known.validate_json(data, strict=True)
     except ValidationError:
-        raise BadFrame("not a message to an owner") from None
+        raise BadFrame(f"not a message to {to}") from None
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes | None:

@@ -63,6 +63,16 @@ def session_for(timeout: float) -> aiohttp.ClientSession:
     )
 
 
+async def body_of(response: aiohttp.ClientResponse, most: int) -> bytes | None:
+    """The body, None if it is of over `most` bytes: no more of it is read then."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(16 * 1024):
+        body += chunk
+        if len(body) > most:
+            return None
+    return bytes(body)
+
+
 async def fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -> bytes:
     """The body at the URL: status 200, at most MAX_BYTES, no redirect, no compression to blow up."""
     try:
@@ -79,12 +89,10 @@ async def fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -
                 raise SourceError(f"expected status 200, found {response.status}")
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise SourceError("sent a compressed body though none was asked for")
-            body = bytearray()
-            async for chunk in response.content.iter_chunked(16 * 1024):
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise SourceError(f"holds over {MAX_BYTES} bytes")
-            return bytes(body)
+            body = await body_of(response, MAX_BYTES)
+            if body is None:
+                raise SourceError(f"holds over {MAX_BYTES} bytes")
+            return body
     except TimeoutError:
         raise SourceError("no complete answer in time") from None
     except aiohttp.ClientConnectorError as e:

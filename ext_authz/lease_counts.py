@@ -16,6 +16,7 @@ import aiohttp
 from prometheus_client.core import CounterMetricFamily, Metric
 from yarl import URL
 
+from ext_authz.key_source import body_of, session_for
 from ext_authz.metrics import gauge
 
 TIMEOUT = 1.0  # seconds
@@ -47,26 +48,23 @@ async def fetch(admin: tuple[str, int]) -> LeaseCounts:
     except ValueError:
         raise CountsError("not an address") from None
     asked = url.with_query(format="json", filter=FILTER)
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session,
+            session_for(TIMEOUT) as session,
             session.get(asked, allow_redirects=False) as response,
         ):
             if response.status != 200:
                 raise CountsError(f"expected status 200, found {response.status}")
-            body = bytearray()
-            async for chunk in response.content.iter_chunked(MAX_BYTES):
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise CountsError(f"the answer holds over {MAX_BYTES} bytes")
+            body = await body_of(response, MAX_BYTES)
+            if body is None:
+                raise CountsError(f"the answer holds over {MAX_BYTES} bytes")
     except TimeoutError:
         raise CountsError(f"no answer within {TIMEOUT:g} s") from None
     except aiohttp.ClientConnectorError as e:
         raise CountsError(f"cannot connect: {e.os_error.strerror or e.os_error}") from None
     except aiohttp.ClientError as e:
         raise CountsError(f"the exchange failed: {type(e).__name__}") from None
-    return parse(bytes(body))
+    return parse(body)
 
 
 def parse(body: bytes) -> LeaseCounts:

@@ -20,14 +20,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from ext_authz import __version__, leases, log_lines
 from ext_authz.bootstrap import envoy_file
-from ext_authz.check import Memory, Snapshot
+from ext_authz.check import Memory
 from ext_authz.counts import Counts, add_up, counted
 from ext_authz.keys import KeyStore
 from ext_authz.lease_counts import LeaseCounter
 from ext_authz.metrics import Tally, gauge, registry
-from ext_authz.policy import Policy
 from ext_authz.reload import Control, Leasing
-from ext_authz.server import SWITCH, Authorization, Epoch, Server
+from ext_authz.server import NOBODY, SWITCH, Authorization, Epoch, Server
 from ext_authz.settings import Settings
 from ext_authz.status import StatusListener
 from ext_authz.witness import Witness
@@ -36,8 +35,6 @@ from ext_authz.workers import Workers, sockets
 from ext_authz.xds import Ads
 
 log = logging.getLogger("srp")
-
-_NOBODY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # until the first policy: refuses everyone
 
 
 def run(settings: Settings) -> None:
@@ -59,7 +56,7 @@ async def _serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         keys = KeyStore()
         stack.push_async_callback(keys.close)
-        authorization = Authorization(_NOBODY, keys, tally)
+        authorization = Authorization(NOBODY, keys, tally)
         witness = authorization.witness = Witness.of(settings)
         if witness is not None:
             stack.push_async_callback(witness.close)
@@ -87,8 +84,9 @@ async def _serve(settings: Settings) -> None:
             return counted(tally, memory, authorization.epoch.snapshot)
 
         def report() -> dict[str, Any]:
-            told = _report(began, control, keys, ads, add_up([own(), workers.counts()]))
-            told["workers"] = [_owner(began, authorization.epoch, own()), *workers.report()]
+            counts = own()
+            told = _report(began, control, keys, ads, add_up([counts, workers.counts()]))
+            told["workers"] = [_owner(began, authorization.epoch, counts), *workers.report()]
             told["leases"] |= counter.report()
             return told | (witness.report() if witness else {})
 

@@ -22,6 +22,7 @@ from ext_authz import leases, wire
 from ext_authz.check import Snapshot, check, recall, refused, remember
 from ext_authz.metrics import Tally
 from ext_authz.model import Decision, Refusal, Request
+from ext_authz.policy import Policy
 
 SERVICE = "envoy.service.auth.v3.Authorization"
 MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of headers
@@ -58,6 +59,9 @@ class Epoch:
     @staticmethod
     def of(snapshot: Snapshot, lease: str = "") -> Epoch:
         return Epoch(snapshot, wire.Writer(snapshot.policy, lease), lease)
+
+
+NOBODY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # until there is a policy: refuses everyone
 
 
 class Authorization:

@@ -20,16 +20,14 @@ from typing import NoReturn
 import uvloop
 
 from ext_authz import frames, jwk, log_lines, policy_file
-from ext_authz.check import Memory, Snapshot
+from ext_authz.check import Memory
 from ext_authz.counts import Counts, counted
 from ext_authz.frames import BadFrame
 from ext_authz.metrics import Tally
 from ext_authz.policy import Policy
-from ext_authz.server import DRAIN, SWITCH, Authorization, Epoch, Server, unix_path
+from ext_authz.server import DRAIN, NOBODY, SWITCH, Authorization, Epoch, Server, unix_path
 
 log = logging.getLogger("srp.worker")
-
-_NOBODY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # nobody is asked before the first epoch
 
 
 def main() -> None:
@@ -103,7 +101,7 @@ class Worker:
         self._memory = Memory(start.cached_tokens, start.cached_decisions)
         self._tally = Tally()
         self._keys = _OwnersKeys(send)
-        self._authorization = Authorization(_NOBODY, self._keys, self._tally)
+        self._authorization = Authorization(NOBODY, self._keys, self._tally)
         self._policies: dict[str, Policy] = {}  # those that the next epoch may be of
         self._newest = ""
         self._compiling: set[asyncio.Task[None]] = set()

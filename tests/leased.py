@@ -21,12 +21,10 @@ import yaml
 import tokens
 from envoy_harness import Loop, Upstream
 from ext_authz.bootstrap import bootstrap, envoy_file
-from ext_authz.check import Snapshot
 from ext_authz.keys import KeyStore, Pace
 from ext_authz.metrics import Tally
-from ext_authz.policy import Policy
 from ext_authz.reload import Control, Leasing
-from ext_authz.server import Authorization, Epoch
+from ext_authz.server import NOBODY, Authorization, Epoch
 from ext_authz.xds import Ads
 from system import ENVOY, HOST, free_ports
 
@@ -173,8 +171,7 @@ class Leased:
         self.policy.write_text(self.text)
         self.keys = KeyStore(pace=Pace(refresh_apart=0.0, file_interval=3600.0))
         self.ads = Ads(settle)
-        nobody = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))
-        self.authorization = Authorization(nobody, self.keys, self.tally)
+        self.authorization = Authorization(NOBODY, self.keys, self.tally)
         self.control = Control(
             self.policy, self.keys, self.ads, self._install, Leasing(envoy_file("lease.lua").read_text(), entries)
         )
