@@ -57,6 +57,18 @@ class Loop:
         self._loop.close()
 
 
+async def close(server: asyncio.Server) -> None:
+    """Close what it listens on, when the connections it has accepted are all open.
+
+    One that is being accepted while its server closes is never closed by anybody: asyncio's `Server._attach` fails.
+    """
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+    for _ in ("its transport is made", "its protocol hears of it"):
+        await asyncio.sleep(0)
+    server.close()
+
+
 @dataclass(eq=False)
 class Upstream:
     """One endpoint of an expert. `status` and `headers` are its answer; a request with `x-hold` waits for `release`."""
@@ -82,7 +94,7 @@ class Upstream:
     async def stop(self) -> None:
         """Refuse connections and cut the ones there are."""
         if self._server is not None:
-            self._server.close()
+            await close(self._server)
             self._server = None
             await self._web.shutdown(timeout=0.01)
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import tokens
-from envoy_harness import Loop
+from envoy_harness import Loop, close
 from system import HOST, Proc, System, free_ports, get_json, pause, resume, system, wait_for
 
 INTERVAL = 1.0  # seconds between two health checks
@@ -81,7 +81,7 @@ class Relay:
 
         async def cut() -> None:
             assert self._server is not None
-            self._server.close()
+            await close(self._server)
             for writer in self._open:
                 writer.transport.abort()
             for task in self._tasks:

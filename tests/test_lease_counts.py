@@ -15,6 +15,7 @@ from aiohttp import web
 
 import tokens
 from conftest import demo_policy
+from envoy_harness import close
 from ext_authz import lease_counts, status_text
 from ext_authz.lease_counts import CountsError, LeaseCounter, LeaseCounts, fetch, parse
 from system import HOST, free_ports, system, wait_for
@@ -68,7 +69,7 @@ async def refreshed(handler: Handler | None) -> LeaseCounter:
         listener = await asyncio.get_running_loop().create_server(server, HOST, port)
     await counter.refresh()
     if server is not None:
-        listener.close()
+        await close(listener)
         await server.shutdown(0.1)
     return counter
 
