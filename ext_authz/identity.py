@@ -9,10 +9,8 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
 from jwt.algorithms import get_default_algorithms
@@ -32,11 +30,10 @@ Keys = Mapping[str, tuple[Key, ...]]
 
 _TYPES = frozenset({"jwt", "at+jwt"})
 _FORBIDDEN_HEADERS = frozenset({"crit", "b64", "zip"})
-_PART = re.compile(rb"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ ]+) *")
 _ALGORITHMS = get_default_algorithms()
-_STANDARD = bytes.maketrans(b"-_", b"+/")
+_STANDARD = bytes.maketrans(b"-_+/=", b"+/***")  # what base64url has not becomes what no base64 has
 # The last characters that leave no bit unused, by the length of a part modulo 4 (RFC 4648 §3.5).
 _LAST = (bytes(range(128)), b"", b"AQgw", b"AEIMQUYcgkosw048")
 
@@ -67,35 +64,43 @@ def anonymous(policy: Policy) -> Identity | Refusal:
 def verify(policy: Policy, keys: Keys, token: str, now: float) -> Identity | Refusal:
     """The identity that `token` proves at time `now`, or why it proves none."""
     try:
-        parsed = _parse(token)
-        issuer = _issuer(policy, parsed)
-        alg = _algorithm(issuer, parsed.header)
+        header, claims, signed, signature = _parse(token)
+        issuer = _issuer(policy, claims)
+        if header.alg not in issuer.algorithms:
+            raise _BadToken("the token's algorithm is not one of its issuer's")
     except _BadToken as e:
         return _invalid(str(e))
     known = keys.get(issuer.issuer)
     if known is None:
         return Refusal(Reason.KEYS_UNAVAILABLE, "the keys of the token's issuer are not loaded yet", issuer.issuer)
     try:
-        key = _key(known, parsed.header, alg)
+        key = _key(known, header)
         if key is None:
             return Refusal(Reason.INVALID_TOKEN, "no key of the issuer fits the token", issuer.issuer)
-        _signature(parsed, key, alg)
-        expires = _claims(policy, issuer, parsed.claims, now)
+        if not _genuine(key, header.alg, signed, signature):
+            raise _BadToken("the token's signature is not valid")
+        expires = _claims(policy, issuer, claims, now)
     except _BadToken as e:
         return _invalid(str(e))
-    tier, errors = clearance(policy, parsed.claims)
-    return Identity(tier, parsed.claims.get("sub", ""), issuer.issuer, parsed.claims, expires, errors)
+    tier, errors = clearance(policy, claims)
+    return Identity(tier, claims.get("sub", ""), issuer.issuer, claims, expires, errors)
 
 
 class _BadToken(Exception):
     """Unwinds to `verify`, which turns it into a Refusal. Its text never holds any of the token."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Parsed:
+class _Header(NamedTuple):
+    """What a token's header says, once it breaks no rule. `kid` None: it names no key."""
+
+    alg: str
+    kid: str | None
+
+
+class _Parsed(NamedTuple):
     """The parts of a token; `signed` is the text that `signature` is over (RFC 7515 §5.2)."""
 
-    header: Mapping[str, Any]
+    header: _Header
     claims: Claims
     signed: bytes
     signature: bytes
@@ -111,24 +116,38 @@ def _parse(token: str) -> _Parsed:
     parts = data.split(b".")
     if len(parts) != 3:
         raise _BadToken("the token does not have three parts")
-    header, claims, signature = _header(parts[0]), _base64url(parts[1]), _base64url(parts[2])
-    return _Parsed(header, _object(claims, "payload"), data[: data.rindex(b".")], signature)
+    header, claims, signature = parts
+    signed = data[: -1 - len(signature)]
+    return _Parsed(_header(header), _object(_base64url(claims), "payload"), signed, _base64url(signature))
 
 
 @lru_cache(_HEADERS)
-def _header(part: bytes) -> Mapping[str, Any]:
-    """The header's object: an issuer's tokens share a few of them. (What raises is not remembered.)"""
-    return MappingProxyType(_object(_base64url(part), "header"))
+def _header(part: bytes) -> _Header:
+    """An issuer's tokens share a few headers. (What raises is not remembered.)
+
+    `jwk`, `jku`, `x5u` and `x5c` are never read.
+    """
+    header = _object(_base64url(part), "header")
+    alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ", "jwt")
+    if not isinstance(alg, str):
+        raise _BadToken("the token's algorithm is not one of its issuer's")
+    if _FORBIDDEN_HEADERS.intersection(header):
+        raise _BadToken("the token's header has an extension that is not supported")
+    if "kid" in header and not isinstance(kid, str):
+        raise _BadToken("the token's key id is not a string")
+    if not isinstance(typ, str) or typ.lower().removeprefix("application/") not in _TYPES:
+        raise _BadToken("the token's type is not JWT")
+    return _Header(alg, kid)
 
 
 def _base64url(part: bytes) -> bytes:
     """RFC 7515 §2 without padding; a text that another encoder would not have written is refused."""
-    if not _PART.fullmatch(part):
-        raise _BadToken("a part of the token is not base64url")
     try:
-        data = binascii.a2b_base64(part.translate(_STANDARD) + b"=" * (-len(part) % 4))
+        data = binascii.a2b_base64(part.translate(_STANDARD) + b"=" * (-len(part) % 4), strict_mode=True)
     except binascii.Error:
         raise _BadToken("a part of the token is not base64url") from None
+    if not part:
+        raise _BadToken("a part of the token is not base64url")
     if part[-1] not in _LAST[len(part) % 4]:
         raise _BadToken("a part of the token has unused bits set")
     return data
@@ -144,47 +163,27 @@ def _object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _issuer(policy: Policy, parsed: _Parsed) -> Issuer:
-    iss = parsed.claims.get("iss")
+def _issuer(policy: Policy, claims: Claims) -> Issuer:
+    iss = claims.get("iss")
     issuer = policy.issuers.get(iss) if isinstance(iss, str) else None
     if issuer is None:
         raise _BadToken("the token's issuer is not trusted")
     return issuer
 
 
-def _algorithm(issuer: Issuer, header: Mapping[str, Any]) -> str:
-    """The token's algorithm, once its header breaks no rule. `jwk`, `jku`, `x5u` and `x5c` are never read."""
-    alg = header.get("alg")
-    if not isinstance(alg, str) or alg not in issuer.algorithms:
-        raise _BadToken("the token's algorithm is not one of its issuer's")
-    if _FORBIDDEN_HEADERS.intersection(header):
-        raise _BadToken("the token's header has an extension that is not supported")
-    if not isinstance(header.get("kid", ""), str):
-        raise _BadToken("the token's key id is not a string")
-    if "typ" in header:
-        typ = header["typ"]
-        if not isinstance(typ, str) or typ.lower().removeprefix("application/") not in _TYPES:
-            raise _BadToken("the token's type is not JWT")
-    return alg
-
-
-def _key(known: tuple[Key, ...], header: Mapping[str, Any], alg: str) -> Key | None:
+def _key(known: tuple[Key, ...], header: _Header) -> Key | None:
     """The key the token names; without a `kid` the one key that fits, if only one does."""
-    fitting = [k for k in known if alg in k.algorithms]
-    if "kid" in header:
-        return next((k for k in fitting if k.kid == header["kid"]), None)
-    return fitting[0] if len(fitting) == 1 else None
+    alg, kid = header
+    fitting = [k for k in known if alg in k.algorithms and (kid is None or kid == k.kid)]
+    return fitting[0] if fitting and (kid is not None or len(fitting) == 1) else None
 
 
-def _signature(parsed: _Parsed, key: Key, alg: str) -> None:
-    """Raise unless `key` made the signature. (PyJWS.decode would parse the whole token once more.)"""
+def _genuine(key: Key, alg: str, signed: bytes, signature: bytes) -> bool:
+    """Whether `key` made the signature. (PyJWS.decode would parse the whole token once more.)"""
     try:
-        algorithm = _ALGORITHMS[alg]
-        genuine = algorithm.verify(parsed.signed, algorithm.prepare_key(key.material), parsed.signature)
+        return _ALGORITHMS[alg].verify(signed, key.material, signature) is True
     except (jwt.PyJWTError, ValueError, TypeError):
-        genuine = False
-    if genuine is not True:
-        raise _BadToken("the token's signature is not valid")
+        return False
 
 
 def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float:
@@ -195,7 +194,7 @@ def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float
         raise _BadToken("the token has no usable audience")
     if issuer.audiences.isdisjoint(audiences):
         raise _BadToken("the token is for another audience")
-    exp, nbf, iat = (_time(claims, name) for name in ("exp", "nbf", "iat"))
+    exp, nbf, iat = _time(claims, "exp"), _time(claims, "nbf"), _time(claims, "iat")
     if exp is None:
         raise _BadToken("the token has no expiry")
     if now >= exp + policy.leeway:
