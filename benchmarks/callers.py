@@ -43,7 +43,7 @@ def token(alg: str, subject: str = "caller") -> str:
         "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + LIFETIME, "jti": f"{alg}-{subject}",
         "plan": "premium", "org": "acme", "scope": "experts.read experts.call",
     }  # fmt: skip
-    return _PYJWT.encode(json.dumps(claims).encode(), _KEYS[alg], alg, headers={"kid": alg})
+    return _PYJWT.encode(json.dumps(claims, separators=(",", ":")).encode(), _KEYS[alg], alg, headers={"kid": alg})
 
 
 def policy(endpoint: str, lease: str = "0s") -> str:

@@ -60,10 +60,10 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
     value = request.headers.get(header)
     if value is None:
         return _default(rule)
-    names = [part.strip(" \t") for part in value.split(",")]
+    names = [name for part in value.split(",") if (name := part.strip(" \t"))]
     if header == REQUESTED_CLUSTER:
         names = [policy.clusters.get(n, n) for n in names]
-    return _checked([n for n in names if n], f"header {_shown(header)}")
+    return _checked(names) or _unusable(names, f"header {_shown(header)}")
 
 
 def _unreadable(request: Request) -> Refusal | None:
@@ -97,7 +97,7 @@ def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
         found = [found]
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
         return _bad(f"{where} is not a string or a list of strings")
-    return _checked(found, where)
+    return _checked(found) or _unusable(found, where)
 
 
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
@@ -129,14 +129,20 @@ def _utf8(content_type: str) -> bool:
     return all((rest.strip(), name.lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
 
 
-def _checked(names: list[str], where: str) -> Names | Refusal:
+def _checked(names: list[str]) -> Names:
+    """The names without repetition; none if they are none, too many or ill-formed."""
+    if len(names) > MAX_NAMES or not all(map(_NAME.fullmatch, names)):
+        return ()
+    return tuple(dict.fromkeys(names))
+
+
+def _unusable(names: list[str], where: str) -> Refusal:
+    """Why `_checked` gives none."""
     if not names:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, f"{where} names no expert")
     if len(names) > MAX_NAMES:
         return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are read")
-    if not all(map(_NAME.fullmatch, names)):
-        return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
-    return tuple(dict.fromkeys(names))
+    return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
 
 
 def _default(rule: GateRule) -> Names | Refusal:

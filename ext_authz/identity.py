@@ -28,30 +28,32 @@ _HEADERS = 128  # to remember
 
 Keys = Mapping[str, tuple[Key, ...]]
 
+_AUTHORIZATION, _BARE = TOKEN_HEADERS
 _TYPES = frozenset({"jwt", "at+jwt"})
 _FORBIDDEN_HEADERS = frozenset({"crit", "b64", "zip"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ ]+) *")
 _ALGORITHMS = get_default_algorithms()
 _STANDARD = bytes.maketrans(b"-_+/=", b"+/***")  # what base64url has not becomes what no base64 has
-# The last characters that leave no bit unused, by the length of a part modulo 4 (RFC 4648 §3.5).
-_LAST = (bytes(range(128)), b"", b"AQgw", b"AEIMQUYcgkosw048")
+# By the length of a part modulo 4: its padding, and the last characters that leave no bit unused (RFC 4648 §3.5).
+_ENDS = ((b"", bytes(range(128))), (b"===", b""), (b"==", b"AQgw"), (b"=", b"AEIMQUYcgkosw048"))
 
 
 def token_of(request: Request) -> str | Refusal | None:
     """The one token of the request: None if it has none, a refusal if it has several or they are ill-formed."""
-    present = [name for name in TOKEN_HEADERS if name in request.headers]
-    if not present:
+    value, bare = request.headers.get(_AUTHORIZATION), request.headers.get(_BARE)
+    if value is None and bare is None:
         return None
-    if len(present) > 1 or present[0] in request.repeated:
+    if (value is not None and bare is not None) or not request.repeated.isdisjoint(TOKEN_HEADERS):
         return _invalid("more than one token")
-    value = request.headers[present[0]]
-    if len(value) > MAX_TOKEN + len("Bearer "):
+    if len(value or bare or "") > MAX_TOKEN + len("Bearer "):
         return _invalid(f"the token is over {MAX_TOKEN} bytes")
-    if present[0] == "authorization":
-        bearer = _BEARER.fullmatch(value)
-        return bearer[1] if bearer else _invalid("the authorization header is not `Bearer TOKEN`")
-    return value
+    if value is None:
+        return bare
+    scheme, _, rest = value.partition(" ")
+    token = rest.strip(" ")
+    if scheme.lower() != "bearer" or not token or " " in token:
+        return _invalid("the authorization header is not `Bearer TOKEN`")
+    return token
 
 
 def anonymous(policy: Policy) -> Identity | Refusal:
@@ -142,13 +144,14 @@ def _header(part: bytes) -> _Header:
 
 def _base64url(part: bytes) -> bytes:
     """RFC 7515 §2 without padding; a text that another encoder would not have written is refused."""
+    padding, last = _ENDS[len(part) % 4]
     try:
-        data = binascii.a2b_base64(part.translate(_STANDARD) + b"=" * (-len(part) % 4), strict_mode=True)
+        data = binascii.a2b_base64(part.translate(_STANDARD) + padding, strict_mode=True)
     except binascii.Error:
         raise _BadToken("a part of the token is not base64url") from None
     if not part:
         raise _BadToken("a part of the token is not base64url")
-    if part[-1] not in _LAST[len(part) % 4]:
+    if part[-1] not in last:
         raise _BadToken("a part of the token has unused bits set")
     return data
 
@@ -189,10 +192,9 @@ def _genuine(key: Key, alg: str, signed: bytes, signature: bytes) -> bool:
 def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float:
     """Check the registered claims (RFC 7519 §4.1); return when the token ends, leeway included."""
     aud = claims.get("aud")
-    audiences = [aud] if isinstance(aud, str) else aud
-    if not isinstance(audiences, list) or not all(isinstance(a, str) for a in audiences):
+    if not isinstance(aud, str) and not (isinstance(aud, list) and all(isinstance(a, str) for a in aud)):
         raise _BadToken("the token has no usable audience")
-    if issuer.audiences.isdisjoint(audiences):
+    if issuer.audiences.isdisjoint((aud,) if isinstance(aud, str) else aud):
         raise _BadToken("the token is for another audience")
     exp, nbf, iat = _time(claims, "exp"), _time(claims, "nbf"), _time(claims, "iat")
     if exp is None:
@@ -204,13 +206,21 @@ def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float
     if iat is not None and now < iat - policy.leeway:
         raise _BadToken("the token was issued in the future")
     sub = claims.get("sub", "")
-    if not isinstance(sub, str) or len(sub) > MAX_SUBJECT or _CONTROL.search(sub) or len(sub.encode()) > MAX_SUBJECT:
+    if not isinstance(sub, str) or not _usable(sub):
         raise _BadToken("the token's subject is not usable")
     if not isinstance(claims.get("jti", ""), str):
         raise _BadToken("the token's id is not a string")
     if policy.revoked.covers(claims):
         raise _BadToken("the token is revoked")
     return exp + policy.leeway
+
+
+def _usable(subject: str) -> bool:
+    if len(subject) > MAX_SUBJECT:
+        return False
+    if subject.isascii() and subject.isprintable():
+        return True
+    return not _CONTROL.search(subject) and len(subject.encode()) <= MAX_SUBJECT
 
 
 def _time(claims: Claims, name: str) -> float | None:

@@ -139,7 +139,7 @@ class Revoked:
 
     def covers(self, claims: Claims) -> bool:
         """Whether a token with these claims is revoked. One that does not tell when it was issued came too early."""
-        jti, sub, iat = (claims.get(name) for name in ("jti", "sub", "iat"))
+        jti, sub, iat = claims.get("jti"), claims.get("sub"), claims.get("iat")
         if (isinstance(jti, str) and jti in self.jti) or (isinstance(sub, str) and sub in self.sub):
             return True
         return self.issued_before is not None and not (isinstance(iat, int | float) and iat >= self.issued_before)

@@ -10,11 +10,18 @@ from contextlib import suppress
 from math import isinf
 from typing import Any
 
+import orjson
+
 _BOM = b"\xef\xbb\xbf"
+_OTHER = object()
 
 
 def loads(data: bytes, max_depth: int = 16) -> Any:
     """The value of a JSON text; ValueError, in one line and without the text itself, if it is not strict JSON."""
+    # Few brackets cannot nest deep: the exact walk is for the texts that could.
+    deep = data.count(b"[") + data.count(b"{") > max_depth
+    if not deep and (value := _as_written(data)) is not _OTHER:
+        return value
     if data.startswith(_BOM):
         raise ValueError("starts with a byte order mark")
     try:
@@ -27,10 +34,22 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
         raise ValueError(f"is nested over {max_depth} deep") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"is not JSON: {e.msg} at character {e.pos}") from None
-    # Few brackets cannot nest deep: the exact walk is for the texts that could.
-    if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
+    if deep and _deeper(value, max_depth):
         raise ValueError(f"is nested over {max_depth} deep")
     return value
+
+
+def _as_written(data: bytes) -> Any:
+    """The value of a text just as orjson writes it, _OTHER for any other.
+
+    No writer writes a name twice, NaN, or a number that it would not read back as it is: the bytes' equality is the
+    proof. Most tokens are such texts, and this takes a quarter of the time.
+    """
+    try:
+        value = orjson.loads(data)
+        return value if orjson.dumps(value) == data else _OTHER
+    except (ValueError, TypeError):
+        return _OTHER
 
 
 def _value(text: str) -> Any:

@@ -108,6 +108,51 @@ def test_raises_nothing_but_value_error(data: bytes) -> None:
     assert value == json.loads(data)
 
 
+NUMBERS = [
+    "-0", "-0.0", "0.0", "1.0", "1e2", "1E400", "1e-400", "0.1", "1e22", "100000000000000000000.0", "5e-324",
+    "9223372036854775807", "-9223372036854775808", "18446744073709551615", "18446744073709551616", "1" + "0" * 400,
+    "123456789012345678901234567890", "0.30000000000000004", "2.2250738585072014e-308", "NaN", "Infinity", "01", "1.",
+]  # fmt: skip
+STRINGS = [
+    r'"\u0061"',
+    '"a"',
+    r'"\/"',
+    r'"\ud83d\ude00"',
+    r'"\ud83d"',
+    '"\u2028"',
+    '"\x7f"',
+    r'"\u0001"',
+    r'"\b"',
+    '""',
+]
+LEAVES = st.sampled_from(NUMBERS + STRINGS + ["true", "null"])
+TEXTS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map(lambda parts: f"[{','.join(parts)}]"),
+        st.lists(st.tuples(st.sampled_from(STRINGS), inner), max_size=4).map(
+            lambda members: "{" + ",".join(f"{name}:{value}" for name, value in members) + "}"
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@given(TEXTS)
+@example('{"a":1,"a":1}')
+@example('{"a":{"a":1},"b":[{"a":1}]}')
+def test_a_text_means_the_same_with_a_blank_before_it(text: str) -> None:
+    """Texts without white space have a way of their own through `loads`."""
+
+    def outcome(data: bytes) -> str:
+        try:
+            return repr(loads(data))
+        except ValueError as e:
+            return str(e).partition(" at character ")[0]
+
+    assert outcome(text.encode()) == outcome(b" " + text.encode())
+
+
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=12, max_size=40), st.integers(0, 6))
 def test_errors_do_not_quote_the_text(secret: str, kind: int) -> None:
     """A text may be a token's claims: no error repeats it."""
