@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -82,10 +83,17 @@ Sample = dict[str, float]  # requests, seconds, p50_ms, p99_ms, cpu_us and envoy
 
 
 class Bench:
-    """Everything that runs; stopped when `stack` closes."""
+    """Everything that runs; stopped when `stack` closes.
+
+    The servers have a core of their own: what they cost would else hold what the load generator and Envoy take of the
+    processor's caches.
+    """
 
     def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack) -> None:
         self.directory = directory
+        self._cores, others = parts.part_cores()
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(0, others)
         (self.admin,) = parts.free_ports(1)
         self.starts: dict[str, int] = {}
         self.different: dict[str, int] = {}
@@ -151,14 +159,14 @@ class Bench:
 
     def _server(self, name: str) -> parts.Process:
         if name == "floor":
-            return parts.floor(self.directory, self._answer())
+            return parts.floor(self.directory, self._answer(), self._cores)
         flags: dict[str, tuple[str | Path, ...]] = {
             "forgetful": ("--cached-tokens", str(SMALL_CACHE), "--cached-decisions", str(SMALL_CACHE)),
             "shadow": ("--shadow-policy", self.directory / "policy.yaml"),
             "log": ("--decision-log", self.directory / "decisions.log"),
         }
         policy = "leased.yaml" if name == "leased" else "policy.yaml"
-        return parts.serve(self.directory, name, *flags.get(name, ()), policy=policy)
+        return parts.serve(self.directory, name, *flags.get(name, ()), policy=policy, cores=self._cores)
 
     def _answer(self) -> bytes:
         """What SRP answers to the hot token."""

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ Json = dict[str, Any]
 
 
 class Process:
-    """A child process, its log in `directory`; stopped by `stop`."""
+    """A child process, its log in `directory`; stopped by `stop`. `cores`: where it may run, if not where we may."""
 
-    def __init__(self, command: Sequence[str | Path], directory: Path, name: str) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], directory: Path, name: str, cores: frozenset[int] = frozenset()
+    ) -> None:
         self.log = directory / f"{name}.log"
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, _on(cores):
             self._process = subprocess.Popen(
                 list(map(str, command)),
                 stdin=subprocess.DEVNULL,
@@ -74,27 +76,46 @@ class Process:
         self._process.wait()
 
 
+def part_cores() -> tuple[frozenset[int], frozenset[int]]:
+    """A core for servers and the other cores for all else; all of them twice if there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (frozenset(cores[:1]), frozenset(cores[1:])) if len(cores) > 1 else (frozenset(cores), frozenset(cores))
+
+
+@contextmanager
+def _on(cores: frozenset[int]) -> Iterator[None]:
+    """What starts in here runs there: a child inherits where its parent may run."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def rss(pid: int | str = "self") -> int:
     """Resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def serve(directory: Path, name: str, *flags: str | Path, policy: str = "policy.yaml") -> Process:
+def serve(
+    directory: Path, name: str, *flags: str | Path, policy: str = "policy.yaml", cores: frozenset[int] = frozenset()
+) -> Process:
     """`srp serve` with a policy in `directory`, on the socket `directory/name`."""
     socket_path = directory / name
     command = [sys.executable, "-m", "ext_authz", "serve", "--policy", directory / policy]
     process = Process(
-        [*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp"
+        [*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp", cores
     )
     process.wait_for(socket_path.exists)
     return process
 
 
-def floor(directory: Path, answer: bytes) -> Process:
+def floor(directory: Path, answer: bytes, cores: frozenset[int] = frozenset()) -> Process:
     """The empty server on the socket `directory/floor`; every Check gets `answer`."""
     (directory / "answer").write_bytes(answer)
     process = Process(
-        [sys.executable, HERE / "floor.py", directory / "floor", directory / "answer"], directory, "floor-srv"
+        [sys.executable, HERE / "floor.py", directory / "floor", directory / "answer"], directory, "floor-srv", cores
     )
     process.wait_for((directory / "floor").exists)
     return process

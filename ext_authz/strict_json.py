@@ -20,7 +20,7 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
     """The value of a JSON text; ValueError, in one line and without the text itself, if it is not strict JSON."""
     # Few brackets cannot nest deep: the exact walk is for the texts that could.
     deep = data.count(b"[") + data.count(b"{") > max_depth
-    if not deep and (value := _as_written(data)) is not _OTHER:
+    if not deep and b'": ' not in data and (value := _as_written(data)) is not _OTHER:
         return value
     if data.startswith(_BOM):
         raise ValueError("starts with a byte order mark")
@@ -43,7 +43,7 @@ def _as_written(data: bytes) -> Any:
     """The value of a text just as orjson writes it, _OTHER for any other.
 
     No writer writes a name twice, NaN, or a number that it would not read back as it is: the bytes' equality is the
-    proof. Most tokens are such texts, and this takes a quarter of the time.
+    proof. Most tokens are such texts, and this takes a quarter of the time. (A text with `": "` in it hardly ever is.)
     """
     try:
         value = orjson.loads(data)
