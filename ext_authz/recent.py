@@ -26,13 +26,13 @@ class Recent(Generic[K, V]):
     an order of use would cost more than all else here.
     """
 
-    __slots__ = ("_filled", "_old", "_young", "size", "uses")
+    __slots__ = ("_filled", "_half", "_old", "_young", "uses")
 
     def __init__(self, size: int, uses: Uses | None = None) -> None:
         self._young: dict[K, tuple[V, int]] = {}
         self._old: dict[K, tuple[V, int]] = {}
         self._filled = 0  # of the young one
-        self.size = size
+        self._half = max(1, size // 2)
         self.uses = uses or Uses()
 
     def get(self, key: K) -> V | None:
@@ -56,7 +56,7 @@ class Recent(Generic[K, V]):
             self._filled -= self._young.pop(key)[1]
         else:
             self._old.pop(key, None)
-        if self._young and self._filled + places > max(1, self.size // 2):
+        if self._young and self._filled + places > self._half:
             self.uses.evictions += len(self._old)
             self._old, self._young, self._filled = self._young, {}, 0
         self._young[key] = value, places
