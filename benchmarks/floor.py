@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +26,8 @@ async def serve(path: str, answer: bytes) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], Path(sys.argv[2]).read_bytes()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("socket", help="where to listen: the path of a Unix socket")
+    parser.add_argument("answer", type=Path, help="a file with a serialised CheckResponse")
+    args = parser.parse_args()
+    uvloop.run(serve(args.socket, args.answer.read_bytes()))

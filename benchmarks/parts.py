@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import os
 import shutil
@@ -159,13 +158,9 @@ def envoy(
             listen=(HOST, port), admin=(HOST, admin) if admin else None, socket=str(directory / authz), lua=str(envoy_file("least_request.lua")),
         )
     )  # fmt: skip
-    clusters = config["static_resources"]["clusters"]
-    server = copy.deepcopy(clusters[0])
-    server["name"] = server["load_assignment"]["cluster_name"] = "control"
-    endpoint = server["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    ads = next(c for c in config["static_resources"]["clusters"] if c["name"] == "ext_authz_ads")
+    endpoint = ads["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     endpoint["address"] = {"pipe": {"path": str(directory / control)}}
-    clusters.append(server)
-    config["dynamic_resources"]["ads_config"]["grpc_services"][0]["envoy_grpc"]["cluster_name"] = "control"
     if filters is not None:
         manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         manager["http_filters"][:2] = filters

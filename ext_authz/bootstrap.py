@@ -34,8 +34,9 @@ def bootstrap(template: str, *, listen: tuple[str, int], admin: tuple[str, int] 
         del config["admin"]
     else:
         _set(config, ("admin", "address"), _tcp(admin))
-    backend = ("static_resources", "clusters", "ext_authz", "load_assignment", "endpoints", 0, "lb_endpoints", 0)
-    _set(config, (*backend, "endpoint", "address"), _address(socket))
+    for cluster in ("ext_authz", "ext_authz_ads"):
+        host = ("static_resources", "clusters", cluster, "load_assignment", "endpoints", 0, "lb_endpoints", 0)
+        _set(config, (*host, "endpoint", "address"), _address(socket))
     scripts = list(_scripts(config))
     if not scripts:
         raise ValueError(f"the Envoy template loads no {SCRIPT}")

@@ -33,7 +33,8 @@ class Place:
 class WorkerProcess:
     """One process. `listens` from when it is told to: from then on it may be deciding.
 
-    Times are those of `time.monotonic`; None where there is nothing to wait for.
+    Times are those of `time.monotonic`; `asked` None: there is nothing to wait for. `owed` are the epochs that it has
+    been told to take over and has not, oldest first, with the time of each.
     """
 
     place: Place
@@ -46,7 +47,7 @@ class WorkerProcess:
     installed: int = 0
     epoch: int = 0
     told: int = 0
-    behind: float | None = None
+    owed: dict[int, float] = field(default_factory=dict)
     asked: float | None = None
     counts: Counts = field(default_factory=Counts)
 
@@ -56,14 +57,19 @@ class WorkerProcess:
 
     def wait_anew(self, now: float) -> None:
         """What it has said meanwhile may not have been heard."""
-        self.behind = self.behind and now
+        self.owed = dict.fromkeys(self.owed, now)
         self.asked = self.asked and now
+
+    def has_installed(self, order: int, epoch: int) -> None:
+        """It has taken over that one, and so owes none before it."""
+        self.installed, self.epoch = order, epoch
+        self.owed = {later: since for later, since in self.owed.items() if later > order}
 
     def late(self, now: float) -> str | None:
         """Why it is not to be waited for any longer."""
         if not self.listens:
             return f"was not ready in {START:g} s" if now - self.began > START else None
-        if self.behind is not None and now - self.behind > ANSWER:
+        if self.owed and now - next(iter(self.owed.values())) > ANSWER:
             return f"did not take over an epoch in {ANSWER:g} s"
         if self.asked is not None and now - self.asked > ALIVE:
             return f"has not answered for {ALIVE:g} s"

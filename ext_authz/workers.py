@@ -85,7 +85,7 @@ class Workers:
         data, now = frames.frame(self._epoch), time.monotonic()
         for worker in self._living:
             worker.send(data)
-            worker.behind = worker.behind or now
+            worker.owed[self._order] = now
 
     async def settled(self) -> None:
         """Until no worker decides by an older epoch than the newest."""
@@ -214,10 +214,8 @@ class Workers:
         self._progress.set()
 
     def _has_installed(self, worker: WorkerProcess, message: frames.Installed) -> None:
-        worker.installed, worker.epoch = message.order, message.epoch
-        newest = message.order == self._order
-        worker.behind = None if newest else time.monotonic()
-        if newest and not worker.listens and not self._stopping:
+        worker.has_installed(message.order, message.epoch)
+        if message.order == self._order and not worker.listens and not self._stopping:
             worker.listens = True
             worker.send(frames.frame(frames.Listen()))
 

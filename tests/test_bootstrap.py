@@ -27,8 +27,13 @@ def moved(**changes: Any) -> Any:
 
 
 def authz_address(config: Any) -> Any:
-    cluster = config["static_resources"]["clusters"][0]
-    return cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
+    """Where Envoy finds ext_authz, for checks and for its configuration."""
+    decides, configures = (
+        next(c for c in config["static_resources"]["clusters"] if c["name"] == name)["load_assignment"]["endpoints"]
+        for name in ("ext_authz", "ext_authz_ads")
+    )
+    assert decides == configures
+    return decides[0]["lb_endpoints"][0]["endpoint"]["address"]
 
 
 # ---- another place ----
@@ -330,9 +335,21 @@ def test_no_route_passes_without_ext_authz() -> None:
         assert set(route) == {"match", "route"}
         assert "inline_cluster_specifier_plugin" in route["route"]
         assert "cluster" not in route["route"]
-    names = ["ext_authz", "ext_authz_workers", "ext_authz_any"]
+    names = ["ext_authz", "ext_authz_ads", "ext_authz_workers", "ext_authz_any"]
     assert [c["name"] for c in config["static_resources"]["clusters"]] == names
     assert "clearRouteCache" not in envoy_file("least_request.lua").read_text()
+
+
+def test_no_crowd_of_checks_holds_up_the_configuration() -> None:
+    """A circuit breaker is a cluster's: the stream of configuration has a cluster that no check uses."""
+    config = yaml.safe_load(TEMPLATE)
+    clusters = {c["name"]: c for c in config["static_resources"]["clusters"]}
+    (service,) = config["dynamic_resources"]["ads_config"]["grpc_services"]
+    manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    asked = manager["http_filters"][1]["typed_config"]["grpc_service"]["envoy_grpc"]["cluster_name"]
+    any_of = clusters[asked]["cluster_type"]["typed_config"]["clusters"]
+    assert service["envoy_grpc"]["cluster_name"] not in (asked, *any_of)
+    assert "circuit_breakers" not in clusters[service["envoy_grpc"]["cluster_name"]]
 
 
 def test_what_envoy_does_not_send_names_no_experts() -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 import pytest
@@ -28,6 +28,7 @@ from ext_authz.metrics import Tally
 from ext_authz.model import Decision, Reason, Verdict
 from ext_authz.server import SERVICE, Epoch
 from ext_authz.settings import Settings
+from ext_authz.worker_process import Place, WorkerProcess
 from ext_authz.workers import Workers
 
 DIGEST = policy_file.parse(POLICY, key_files=False).digest
@@ -380,3 +381,24 @@ def test_one_process_has_no_workers(tmp_path: Path) -> None:
         await it.stop(0.0)
 
     asyncio.run(play())
+
+
+def test_a_worker_is_late_by_the_oldest_epoch_that_it_owes() -> None:
+    """To have taken over an older one in the meantime does not excuse it; to be one behind, each time, does."""
+    nobody: Any = None
+
+    def late(seconds_behind: float) -> str | None:
+        """Why, after five seconds of ten epochs each."""
+        worker = WorkerProcess(Place(1, Path("s.1")), nobody, nobody, began=0.0, listens=True)
+        for order in range(50):
+            now = order / 10
+            worker.owed[order] = now
+            if now >= seconds_behind:
+                worker.has_installed(order - round(10 * seconds_behind), 1)
+            if why := worker.late(now):
+                return why
+        return None
+
+    assert late(0.1) is None
+    assert late(1.9) is None
+    assert late(2.2) == "did not take over an epoch in 2 s"
