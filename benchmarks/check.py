@@ -85,15 +85,17 @@ Sample = dict[str, float]  # requests, seconds, p50_ms, p99_ms, cpu_us and envoy
 class Bench:
     """Everything that runs; stopped when `stack` closes.
 
-    The servers have a core of their own: what they cost would else hold what the load generator and Envoy take of the
-    processor's caches.
+    `apart`: the servers have a core of their own. Their CPU time would else hold what Envoy and the load generator take
+    of the processor's caches.
     """
 
-    def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack) -> None:
+    def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack, apart: bool = True) -> None:
         self.directory = directory
-        self._cores, others = parts.part_cores()
-        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        os.sched_setaffinity(0, others)
+        self._cores: frozenset[int] = frozenset()  # any
+        if apart:
+            self._cores, others = parts.part_cores()
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, others)
         (self.admin,) = parts.free_ports(1)
         self.starts: dict[str, int] = {}
         self.different: dict[str, int] = {}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import parts
 from check import VARIANTS, Bench
 
-ASKED = ("floor", "hot")
+ASKED = ("none", "native", "lease", "floor", "hot")
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     variants = [v for v in VARIANTS if v.name in ASKED]
     found: dict[str, list[tuple[float, float, float]]] = {v.name: [] for v in variants}
     with tempfile.TemporaryDirectory(prefix="srp-bench-") as made, ExitStack() as stack:
-        bench = Bench(variants, Path(made), stack)
+        bench = Bench(variants, Path(made), stack, apart=False)
         pause = round(args.clients / args.rate * 1000)
         for v in variants:
             bench.warm(v)
