@@ -1,8 +1,9 @@
 """What a Check costs: SRP beside an empty gRPC server, beside Envoy's own filters and beside no filter at all.
 
-Starts everything itself on loopback, runs the variants in turn, round after round, and stops everything. Each variant
-has an Envoy (one worker thread) with the same configuration; all forward to the same upstream. Prints a table of
-medians over the rounds. A ratio is the median of the rounds' own ratios, so that a slow round hits both sides.
+Starts everything itself on loopback, runs the variants in turn, a second each, there and back again, and stops
+everything. Each variant has an Envoy (one worker thread) with the same configuration; all forward to the same upstream.
+Prints a table of medians over the rounds. A ratio is the median of the rounds' own ratios: what slows the machine down
+hits both sides.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ VARIANTS = (
     Variant("log", "one token, decision log", "log", hot),
 )
 
-Sample = dict[str, float]  # requests, seconds, p50_ms, p99_ms, cpu_us and envoy_us a request, ...
+Sample = dict[str, float]  # by name; `_ms` and `_us` are units, the latter of CPU time for each request
 
 
 class Bench:
@@ -111,15 +112,15 @@ class Bench:
         for v in variants:
             self._start_envoy(v)
 
-    def run(self, variant: Variant, connections: int, seconds: int) -> Sample:
-        """One measurement."""
+    def run(self, variant: Variant, connections: int) -> Sample:
+        """What a second gives."""
         server = self.servers.get(variant.server or "")
         envoy = self.envoys[variant.name]
         before = envoy.cpu(), server.cpu() if server else 0.0
         leased = self._leased(variant)
         start = self.starts.get(variant.name, 0)
         requests = self.directory / f"{variant.name}.requests"
-        found: Sample = parts.load(self.ports[variant.name], requests, start, connections, seconds)
+        found: Sample = parts.load(self.ports[variant.name], requests, start, connections, 1)
         after = envoy.cpu(), server.cpu() if server else 0.0
         hits, misses = (now - then for now, then in zip(self._leased(variant), leased, strict=True))
         n = found["requests"]
@@ -132,10 +133,10 @@ class Bench:
         return {
             **found,
             "failed": unexpected + found["broken"],
-            "hits": hits / max(hits + misses, 1),
-            "rps": n / found["seconds"],
-            "cpu_us": (after[1] - before[1]) / n * 1e6,
-            "envoy_us": (after[0] - before[0]) / n * 1e6,
+            "hits": hits,
+            "misses": misses,
+            "cpu": after[1] - before[1],
+            "envoy": after[0] - before[0],
         }
 
     def _leased(self, variant: Variant) -> tuple[int, int]:
@@ -148,7 +149,7 @@ class Bench:
     def warm(self, variant: Variant) -> None:
         """Send every request once: what can be remembered is remembered now."""
         while self.starts.get(variant.name, 0) < self.different[variant.name]:
-            self.run(variant, 32, 1)
+            self.run(variant, 32)
 
     def _own(self, process: parts.Process) -> parts.Process:
         self._stack.callback(process.stop)
@@ -190,8 +191,8 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3, help="length of one measurement (default: 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
+    parser.add_argument("--seconds", type=int, default=3, help="of each variant in a round (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--quick", action="store_true", help="two rounds of a second: a look, not a measurement")
     parser.add_argument("--only", metavar="NAMES", help=f"some of the variants: {','.join(v.name for v in VARIANTS)}")
     parser.add_argument(
@@ -213,8 +214,10 @@ def main() -> int:
             bench.warm(v)
         for i in range(rounds):
             for c in connections:
+                turns = [v for second in range(seconds) for v in variants[:: 1 - second % 2 * 2]]
+                runs = [(v.name, bench.run(v, c)) for v in turns]
                 for v in variants:
-                    samples[v.name][c].append(bench.run(v, c, seconds))
+                    samples[v.name][c].append(joined([sample for name, sample in runs if name == v.name]))
             print(f"round {i + 1} of {rounds}", file=sys.stderr)
     for c in connections:
         print(table(variants, {name: by[c] for name, by in samples.items()}, c))
@@ -222,6 +225,22 @@ def main() -> int:
         args.out.with_suffix(".json").write_text(json.dumps(samples, indent=1) + "\n")
         plot(variants, samples, args.out.with_suffix(".png"))
     return 0
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """The seconds of one variant as one measurement; its percentiles are the medians of theirs."""
+    total = {key: sum(s[key] for s in samples) for key in samples[0]}
+    n = total["requests"]
+    return {
+        "requests": n,
+        "failed": total["failed"],
+        "hits": total["hits"] / max(total["hits"] + total["misses"], 1),
+        "rps": n / total["seconds"],
+        "p50_ms": statistics.median(s["p50_ms"] for s in samples),
+        "p99_ms": statistics.median(s["p99_ms"] for s in samples),
+        "cpu_us": total["cpu"] / n * 1e6,
+        "envoy_us": total["envoy"] / n * 1e6,
+    }
 
 
 def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connections: int) -> str:

@@ -87,17 +87,16 @@ def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
         value = strict_json.loads(body, MAX_DEPTH)
     except ValueError as e:
         return _bad(f"the body {e}")
-    where = "body member /" + "/".join(pointer)
     found = _resolve(value, pointer)
     if found is _ABSENT:
         return _default(rule)
     if found is _AMBIGUOUS:
-        return _bad(f"{where} is there in another spelling")
+        return _bad(f"{_member(pointer)} is there in another spelling")
     if isinstance(found, str):
         found = [found]
-    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-        return _bad(f"{where} is not a string or a list of strings")
-    return _checked(found) or _unusable(found, where)
+    if not isinstance(found, list) or not set(map(type, found)) <= {str}:
+        return _bad(f"{_member(pointer)} is not a string or a list of strings")
+    return _checked(found) or _unusable(found, _member(pointer))
 
 
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
@@ -153,6 +152,10 @@ def _default(rule: GateRule) -> Names | Refusal:
 
 def _bad(detail: str) -> Refusal:
     return Refusal(Reason.BAD_GATE, detail)
+
+
+def _member(pointer: tuple[str, ...]) -> str:
+    return "body member /" + "/".join(pointer)
 
 
 def _shown(header: str) -> str:
