@@ -165,6 +165,8 @@ def _diff(args: argparse.Namespace) -> int:
         return USAGE
     except OSError as e:
         raise Mistake(f"{e.strerror or e}: {e.filename}", USAGE) from None
+    except ValueError as e:
+        raise Mistake(str(e), USAGE) from None
     print(json.dumps(found.as_json(), indent=2) if args.json else found.text())
     reasons = found.widens() if args.fail_on else []
     for reason in reasons:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ext_authz import gate, policy_file, policy_source
+from ext_authz import gate, policy_file, policy_source, policy_values
 from ext_authz import policy_schema as schema
 from ext_authz.check import DOWNGRADE
 from ext_authz.model import Reason, Request
@@ -56,7 +56,7 @@ class Ask(schema.Form):
     """A request that goes through the gate."""
 
     method: Annotated[str, Field(min_length=1, max_length=64)] = "POST"
-    path: schema.RoutePath
+    path: policy_values.RoutePath
     headers: Annotated[dict[str, str], Field(max_length=100)] = Field(default_factory=dict)
     body: str = ""
     payload: Annotated[Any, Field(alias="json")] = None
@@ -82,14 +82,14 @@ class Expect(schema.Form):
     experts: Names = Field(default_factory=list)
     """The candidates, in order."""
     reason: Annotated[str, AfterValidator(_reason)] = ""
-    tier: schema.TierName = ""
+    tier: policy_values.TierName = ""
     """The caller's."""
 
 
 class Case(schema.Form):
     """One caller, what it asks for, and what it must get."""
 
-    name: schema.Text
+    name: policy_values.Text
     claims: Claims = Field(default_factory=dict)
     """Those of the caller's token."""
     anonymous: Annotated[bool, AfterValidator(_true)] = False
@@ -118,7 +118,7 @@ class Case(schema.Form):
 class File(schema.Form):
     """The cases of one policy."""
 
-    policy: schema.Text
+    policy: policy_values.Text
     """The policy's file, relative to this one."""
     cases: Annotated[list[Case], Field(min_length=1, max_length=MAX_CASES)]
 

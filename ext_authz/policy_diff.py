@@ -117,7 +117,7 @@ def load(old: Path, new: Path) -> tuple[Policy, Policy]:
 def compare(
     old: Policy, new: Policy, logs: Sequence[Path] = (), progress: Progress = lambda done, of: None
 ) -> PolicyDiff:
-    """What changes from `old` to `new`; OSError if a log cannot be read."""
+    """What changes from `old` to `new`; OSError if a log cannot be read, ValueError if one is no log of decisions."""
     replayed = _replay(Replay(old, new), logs, progress) if logs else None
     return PolicyDiff(old.digest, new.digest, changes(old, new), replayed)
 
@@ -127,6 +127,8 @@ def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Replaye
     began = time.perf_counter()
     done, total = 0, sum(log.stat().st_size for log in logs)
     for log in logs:
+        before = found.records - found.corrupt
+        number = 0
         for number, line in _lines(log):
             done += len(line)
             found.records += 1
@@ -140,6 +142,8 @@ def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Replaye
                     found.corrupt_at.append(f"{log}:{number}")
                 continue
             _count(found, record, replay(record))
+        if number and found.records - found.corrupt == before:
+            raise ValueError(f"{log} is no log of decisions: not one of its lines is a record")
     progress(total, total)
     found.seconds = time.perf_counter() - began
     return found

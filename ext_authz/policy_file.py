@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ext_authz import jwk, policy_source
+from ext_authz import jwk, policy_source, policy_values
 from ext_authz import policy_schema as schema
 from ext_authz.condition import VARIABLES, Condition, compile_condition
 from ext_authz.condition_reads import Members, members
@@ -52,7 +52,7 @@ _HOLES: dict[str, Any] = {
     "experts": schema.Expert.model_construct(),
     "gate": schema.GateRule.model_construct({"path"}, default=["A"]),
 }
-_NAMES = "|".join((*map(re.escape, (*schema.UNSENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
+_NAMES = "|".join((*map(re.escape, (*policy_values.UNSENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
 # Where a condition reads a header that is never in `request.headers`: "it is absent" would hold for every request.
 _UNSENT = re.compile(
     rf"headers(?:[\"']\s*\])?\s*(?:\[\s*[\"']({_NAMES})[\"']|\.\s*({_NAMES})\b)|[\"']({_NAMES})[\"']\s+in\s+request\b"
@@ -172,7 +172,7 @@ class _Compiler:
         for name, entry in self._whole("experts"):
             path = ("experts", name)
             tier = self._tier(entry.tier, (*path, "tier"))
-            self._once((*path, "endpoints"), map(schema.address, entry.endpoints))
+            self._once((*path, "endpoints"), map(policy_values.address, entry.endpoints))
             self._downgrades((*path, "downgrade_to"), name, entry)
             yield Expert(
                 name=name,
@@ -190,7 +190,7 @@ class _Compiler:
 
     def _cluster(self, path: policy_source.Path, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:
         cluster = entry.cluster or name.lower().replace("_", "-")
-        if not entry.cluster and not schema.is_cluster(cluster):
+        if not entry.cluster and not policy_values.is_cluster(cluster):
             self._add(path, f"required key is missing: the name {quoted(name)} makes no cluster name")
         elif cluster in owners:
             self._add(path, f"cluster {quoted(cluster)} is already that of expert {quoted(owners[cluster])}")
@@ -227,7 +227,7 @@ class _Compiler:
                 match=entry.path or entry.prefix,
                 exact=bool(entry.path),
                 pointer=_tokens(entry.pointer) if entry.pointer else None,
-                header=REQUESTED_CLUSTER if entry.header == schema.TARGET_CLUSTER else entry.header or None,
+                header=REQUESTED_CLUSTER if entry.header == policy_values.TARGET_CLUSTER else entry.header or None,
                 default=tuple(entry.default) or None,
                 line=self._line(path),
             )

@@ -5,159 +5,44 @@ Every limit bounds what a hostile file can make of memory. The docstrings are th
 
 from __future__ import annotations
 
-import ipaddress
-import re
-from datetime import datetime
-from functools import partial
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import ErrorDetails
 
 from ext_authz import policy
-from ext_authz.condition import MAX_LENGTH
-from ext_authz.gate import MAX_NAMES, REQUESTED_CLUSTER
-from ext_authz.policy import TOKEN_HEADERS
+from ext_authz.gate import MAX_NAMES
 from ext_authz.policy_source import listed, suggestion
+from ext_authz.policy_values import (
+    EXPECTED,
+    Algorithm,
+    Cel,
+    ClusterName,
+    Endpoint,
+    ExpertName,
+    HeaderName,
+    HealthPath,
+    Instant,
+    JsonPointer,
+    JwksUrl,
+    RoutePath,
+    Text,
+    TierName,
+    Version,
+    span,
+    spelled,
+)
 
 MAX_EXPERTS = 10_000
 MAX_CLEARANCE = 1_000
 MAX_GATE = 256
 MAX_REVOKED = 100_000
 
-TARGET_CLUSTER = "x-target-cluster"
-UNSENT = (  # these, and `x-b3-*`, Envoy keeps to itself: `disallowed_headers` in envoy.yaml
-    "content-length", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-amzn-trace-id",
-    "x-cloud-trace-context",
-)  # fmt: skip
-RESERVED_CLUSTERS = frozenset({"none", "ext_authz"})
-
-_EXPECTED: dict[str, str] = {}  # pattern → what it stands for in a message
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = r"^(0|[0-9]{1,9}(ms|s|m|h))$"
-_ENDPOINT = r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
-_INSTANT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-def duration(value: object, least: float, most: float) -> float:
-    """Seconds from `200ms`, `30s`, `5m`, `1h` or `0`."""
-    text = "0" if value == 0 and type(value) is int else value
-    if not isinstance(text, str) or not re.fullmatch(_DURATION, text):
-        raise ValueError("expected a duration such as `30s` (ms, s, m, h)")
-    unit = text.lstrip("0123456789")
-    seconds = int(text.removesuffix(unit)) * _UNITS[unit or "s"]
-    if not least <= seconds <= most:
-        raise ValueError(f"expected a duration from {spelled(least)} to {spelled(most)}")
-    return seconds
-
-
-def spelled(seconds: float) -> str:
-    """The shortest policy text for a duration."""
-    if not seconds:
-        return "0"
-    unit = next((u for u in ("h", "m", "s") if seconds % _UNITS[u] == 0), "ms")
-    return f"{round(seconds / _UNITS[unit])}{unit}"
-
-
-def endpoint(value: object) -> policy.Endpoint:
-    """`host:port`; the host as Envoy takes it: an IP address without brackets, or a lower-case DNS name."""
-    expected = ValueError(
-        "expected `host:port`: an IP address ([v6] in brackets) or a DNS name, and a port from 1 to 65535"
-    )
-    if not isinstance(value, str) or not re.fullmatch(_ENDPOINT, value):
-        raise expected
-    host, _, port = value.lower().rpartition(":")
-    try:
-        if host.startswith("["):
-            host = str(ipaddress.IPv6Address(host[1:-1]))
-        elif host.rpartition(".")[2].isdigit():
-            host = str(ipaddress.IPv4Address(host))
-        elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.split(".")):
-            raise expected
-    except ipaddress.AddressValueError:
-        raise expected from None
-    if not 1 <= int(port) <= 65535:
-        raise expected
-    return policy.Endpoint(host, int(port))
-
-
-def address(at: policy.Endpoint) -> str:
-    """The policy text for an endpoint."""
-    return f"[{at.host}]:{at.port}" if ":" in at.host else f"{at.host}:{at.port}"
-
-
-def instant(value: object) -> float | None:
-    """Seconds since the epoch from a time of RFC 3339 §5.6."""
-    if value is None:
-        return None
-    expected = "expected an RFC 3339 time such as `2030-01-31T12:00:00Z`, or `null`"
-    if not isinstance(value, str) or not re.fullmatch(_INSTANT, value):
-        raise ValueError(expected)
-    try:
-        return datetime.fromisoformat(value.upper()).timestamp()
-    except (ValueError, OverflowError):
-        raise ValueError(expected) from None
-
-
-def _version(value: object) -> int:
-    if value != 1 or type(value) is not int:
-        raise ValueError("expected the number 1")
-    return 1
-
 
 def _tier(name: str) -> str:
     if name == "deny":
         raise ValueError("which stands for no tier, expected another name")
     return name
-
-
-def _cluster(name: str) -> str:
-    if not is_cluster(name):
-        raise ValueError("which is reserved, expected another name")
-    return name
-
-
-def is_cluster(name: str) -> bool:
-    return _LABEL.fullmatch(name) is not None and name not in RESERVED_CLUSTERS
-
-
-def _header(name: str) -> str:
-    if name in (*TOKEN_HEADERS, "host", *UNSENT) or name.startswith(("x-srp-", "x-envoy-", "x-b3-")):
-        raise ValueError("which cannot name experts, expected a header such as `x-expert-names`")
-    if name == REQUESTED_CLUSTER:
-        raise ValueError(f"expected `{TARGET_CLUSTER}`, as the client sends it")
-    return name
-
-
-def _normalized(path: str) -> str:
-    if any(part in path for part in ("//", "/./", "/../")):
-        raise ValueError("expected a path as Envoy normalizes it, without `//`, `/./` and `/../`")
-    return path
-
-
-def _jwks_url(url: str) -> str:
-    if "@" in url.split("/")[2]:
-        raise ValueError("a user or password in a URL is not supported")  # and not repeated: this goes to the log
-    try:
-        parts = urlsplit(url)
-        host, plain = parts.hostname or "", parts.scheme == "http"
-        usable = bool(host) and not parts.fragment and parts.port != 0
-    except ValueError:
-        raise ValueError("expected a URL that can be read") from None
-    if not usable:
-        raise ValueError("expected a URL with a host and without a fragment")
-    if plain and not _loopback(host):
-        raise ValueError("expected https; http is for a loopback host only")
-    return url
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _mapping(value: object) -> object:
@@ -170,16 +55,6 @@ def _mapping_or_false(value: object) -> object:
     if value is not False and not isinstance(value, dict):
         raise ValueError("expected a mapping or `false`")
     return None if value is False else value
-
-
-def _text(pattern: str, expected: str, most: int) -> Any:
-    _EXPECTED[pattern] = expected
-    return Field(pattern=pattern, max_length=most)
-
-
-def _span(least: float, most: float) -> Any:
-    written = Annotated[str, Field(pattern=_DURATION)] | Literal[0]
-    return PlainValidator(partial(duration, least=least, most=most), json_schema_input_type=written)
 
 
 def _seconds(default: float) -> Any:
@@ -211,48 +86,6 @@ def _list(least: int, most: int) -> Any:
     return Field(min_length=least, max_length=most, json_schema_extra=refine)
 
 
-Version = Annotated[int, PlainValidator(_version, json_schema_input_type=Literal[1])]
-ExpertName = Annotated[
-    str,
-    _text(
-        r"^[A-Za-z0-9][A-Za-z0-9_.:/-]*$", "an expert's name: letters, digits and `_.:/-`, a letter or digit first", 64
-    ),
-]
-TierName = Annotated[
-    str, _text(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", "a tier's name: letters, digits and `_.-`, a letter or digit first", 64)
-]
-ClusterName = Annotated[
-    str,
-    _text(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "a cluster's name: lower-case letters, digits and `-` between them", 63),
-    AfterValidator(_cluster),
-]
-HeaderName = Annotated[
-    str, _text(r"^[a-z0-9!#$%&'*+.^`|~-]+$", "a header's name in lower case, without `_`", 64), AfterValidator(_header)
-]
-RoutePath = Annotated[
-    str, _text(r'^/[!"$->@-~]*$', "a path that starts with `/`, without query", 1024), AfterValidator(_normalized)
-]
-HealthPath = Annotated[str, _text(r"^/[!-~]*$", "a path that starts with `/`", 1024)]
-JsonPointer = Annotated[
-    str, _text(r"^(/([^~/\x00-\x1f\x7f-\x9f]|~[01])*){1,16}$", "a JSON pointer (RFC 6901) such as `/model`", 256)
-]
-JwksUrl = Annotated[
-    str,
-    _text(r"^https?://[!-~]+$", "a URL such as `https://idp.example.com/jwks.json`", 1024),
-    AfterValidator(_jwks_url),
-]
-Text = Annotated[str, _text(r"^[^\x00-\x1f\x7f-\x9f]+$", "text without control characters", 1024)]
-Cel = Annotated[str, Field(min_length=1, max_length=MAX_LENGTH)]
-Endpoint = Annotated[
-    policy.Endpoint, PlainValidator(endpoint, json_schema_input_type=Annotated[str, Field(pattern=_ENDPOINT)])
-]
-Instant = Annotated[
-    float | None, PlainValidator(instant, json_schema_input_type=Annotated[str, Field(pattern=_INSTANT)] | None)
-]
-Algorithm = Literal[
-    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512"
-]  # fmt: skip
-
 _TRAFFIC = policy.Traffic()
 _HEALTH = policy.Health()
 _OUTLIER = policy.Outlier()
@@ -273,7 +106,7 @@ class Health(Form):
     """The active health check: GET, and 200 means healthy."""
 
     path: HealthPath = _HEALTH.path
-    interval: Annotated[float, _span(0.1, 3600)] = _seconds(_HEALTH.interval)
+    interval: Annotated[float, span(0.1, 3600)] = _seconds(_HEALTH.interval)
 
 
 class Outlier(Form):
@@ -281,7 +114,7 @@ class Outlier(Form):
 
     consecutive_5xx: Annotated[int, Field(ge=1, le=1000)] = _OUTLIER.consecutive_5xx
     """Failures in a row until the endpoint is taken out."""
-    base_ejection: Annotated[float, _span(0.1, 3600)] = _seconds(_OUTLIER.base_ejection)
+    base_ejection: Annotated[float, span(0.1, 3600)] = _seconds(_OUTLIER.base_ejection)
     """How long it stays out the first time."""
 
 
@@ -306,9 +139,9 @@ class Expert(Form):
     """Requests in flight at once."""
     max_pending: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_pending
     """Requests that wait for a connection."""
-    timeout: Annotated[float, _span(0, 86400)] = _seconds(_TRAFFIC.timeout)
+    timeout: Annotated[float, span(0, 86400)] = _seconds(_TRAFFIC.timeout)
     """For the whole response; 0: none."""
-    connect_timeout: Annotated[float, _span(0.001, 60)] = _seconds(_TRAFFIC.connect_timeout)
+    connect_timeout: Annotated[float, span(0.001, 60)] = _seconds(_TRAFFIC.connect_timeout)
     """For a connection."""
     retries: Annotated[int, Field(ge=0, le=10)] = _TRAFFIC.retries
     """Further attempts."""
@@ -322,9 +155,9 @@ class Expert(Form):
         Outlier | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Outlier | Literal[False])
     ] = _all_defaults(Outlier())
     """Passive ejection, or `false`."""
-    slow_start: Annotated[float, _span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
+    slow_start: Annotated[float, span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
     """How long a new endpoint's share of the traffic grows; 0: full at once."""
-    lease: Annotated[float | None, _span(0, 3600)] = Field(default=None, json_schema_extra=_without_default)
+    lease: Annotated[float | None, span(0, 3600)] = Field(default=None, json_schema_extra=_without_default)
     """How long Envoy may repeat a decision that names it; 0: not at all. Default: the policy's."""
 
 
@@ -382,7 +215,7 @@ class Jwks(Form):
     """Where to fetch them: https, or http from a loopback host."""
     file: Text = _optional()
     """The file that holds them, relative to the policy's folder."""
-    refresh: Annotated[float, _span(10, 86400)] = _seconds(policy.JwksSource().refresh)
+    refresh: Annotated[float, span(10, 86400)] = _seconds(policy.JwksSource().refresh)
     """How often to fetch them."""
     ca_file: Text = _optional()
     """The CA that the URL's host must be certified by."""
@@ -454,13 +287,13 @@ class File(Form):
     gate: Annotated[list[GateRule], Field(max_length=MAX_GATE)] = []
     """Where requests name their experts: the first rule that covers the path. Default: the header `x-expert-names`."""
     revoked: Revoked = _all_defaults(Revoked())
-    leeway: Annotated[float, _span(0, 300)] = _seconds(30)
+    leeway: Annotated[float, span(0, 300)] = _seconds(30)
     """How far the issuers' clocks may be off."""
     forward_token: bool = False
     """Whether experts get the caller's token."""
     log_claims: Annotated[list[Text], _list(0, 32)] = []
     """Claims that the audit trail shows."""
-    lease: Annotated[float, _span(0, 3600)] = _seconds(30)
+    lease: Annotated[float, span(0, 3600)] = _seconds(30)
     """How long Envoy may repeat a decision without asking again; 0: not at all."""
 
 
@@ -498,7 +331,7 @@ def explain(error: ErrorDetails, found: str) -> str:
             quote = "; quote it" if found.startswith(("the boolean", "the number")) else ""
             return f"found {found}, expected text{quote}"
         case "string_pattern_mismatch":
-            return f"found {found}, expected {_EXPECTED[limits['pattern']]}"
+            return f"found {found}, expected {EXPECTED[limits['pattern']]}"
         case "string_too_long":
             return f"found {len(error['input'])} characters, expected at most {limits['max_length']}"
         case "too_long" | "too_short" as kind:

@@ -14,7 +14,7 @@ import yaml
 
 from envoy_harness import ENVOY, HOST, Answer, Rig, rig
 from ext_authz.bootstrap import bootstrap, envoy_file
-from ext_authz.policy_schema import UNSENT
+from ext_authz.policy_values import UNSENT
 
 TEMPLATE = envoy_file("envoy.yaml").read_text()
 PLACE: dict[str, Any] = {

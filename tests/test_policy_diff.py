@@ -351,6 +351,18 @@ def test_corrupt_lines_are_counted_with_their_places(tmp_path: Path) -> None:
     assert (found.corrupt, found.corrupt_at) == (5, [f"{log}:2", f"{log}:4", f"{log}:6"])
 
 
+def test_a_file_without_any_record_is_no_log(tmp_path: Path) -> None:
+    """It says nothing about callers, so nobody may take it for a log without differences. An empty one may be new."""
+    old, new = pair(tmp_path, C_IS_LOW)
+    good, other, empty = write_log(tmp_path / "good", made("C")), tmp_path / "other", tmp_path / "empty"
+    empty.touch()
+    assert compare(old, new, [empty, good]).replayed is not None
+    for text in ("no record\n", "{}\n{}\n"):
+        other.write_text(text)
+        with pytest.raises(ValueError, match="other is no log of decisions: not one of its lines is a record"):
+            compare(old, new, [good, other])
+
+
 def test_control_characters_of_a_log_do_not_reach_the_terminal(tmp_path: Path) -> None:
     """A log may come from anywhere."""
     old, new = pair(tmp_path, C_IS_LOW)
@@ -430,18 +442,20 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["widens"] == ["tier low: gains C", "1 logged decisions widen"]
 
 
-@pytest.mark.parametrize("what", ["old", "new", "log", "broken"])
+@pytest.mark.parametrize("what", ["old", "new", "log", "broken", "no log"])
 def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     """Exit 2 and one line that names the file."""
     files = {name: write_policy(tmp_path, POLICY, f"{name}.yaml") for name in ("old", "new")}
     files["log"] = write_log(tmp_path / "log")
     if what == "broken":
         files["new"].write_text("tiers: [")
+    elif what == "no log":
+        files["log"].write_text("no record\n")
     else:
         files[what].unlink()
     assert exit_of("diff", str(files["old"]), str(files["new"]), "--decisions", str(files["log"])) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(files["new" if what == "broken" else what]) in line
+    assert str(files[{"broken": "new", "no log": "log"}.get(what, what)]) in line
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ext_authz import policy_schema, policy_source
+from ext_authz import policy_schema, policy_source, policy_values
 from ext_authz.policy import Endpoint, GateRule, Health, JwksSource, Outlier, Policy, Traffic
 from ext_authz.policy_file import PolicyError, json_schema, load, parse
 from ext_authz.policy_warnings import dropped, warnings
@@ -528,7 +528,7 @@ def test_ten_thousand_experts() -> None:
 )
 def test_durations(written: object, seconds: float) -> None:
     """A number and a unit, or 0."""
-    assert policy_schema.duration(written, 0, 3600) == seconds
+    assert policy_values.duration(written, 0, 3600) == seconds
 
 
 @pytest.mark.parametrize(
@@ -537,13 +537,13 @@ def test_durations(written: object, seconds: float) -> None:
 def test_other_durations(written: object) -> None:
     """No unit, no sign, no fraction, no sum."""
     with pytest.raises(ValueError, match="expected a duration"):
-        policy_schema.duration(written, 0, 3600)
+        policy_values.duration(written, 0, 3600)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.2, 1.0, 90.0, 300.0, 3600.0, 5400.0, 86400.0])
 def test_a_spelled_duration_reads_back(seconds: float) -> None:
     """What a message offers is what the file accepts."""
-    assert policy_schema.duration(policy_schema.spelled(seconds), 0, 86400) == seconds
+    assert policy_values.duration(policy_values.spelled(seconds), 0, 86400) == seconds
 
 
 @pytest.mark.parametrize(
@@ -559,8 +559,8 @@ def test_a_spelled_duration_reads_back(seconds: float) -> None:
 )
 def test_endpoints(written: str, host: str, port: int) -> None:
     """An address or a name, as Envoy takes it."""
-    assert policy_schema.endpoint(written) == Endpoint(host, port)
-    assert policy_schema.endpoint(policy_schema.address(Endpoint(host, port))) == Endpoint(host, port)
+    assert policy_values.endpoint(written) == Endpoint(host, port)
+    assert policy_values.endpoint(policy_values.address(Endpoint(host, port))) == Endpoint(host, port)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +574,7 @@ def test_endpoints(written: str, host: str, port: int) -> None:
 def test_other_endpoints(written: object) -> None:
     """Nothing that Envoy would look up in vain, and nothing with two readings."""
     with pytest.raises(ValueError, match="expected `host:port`"):
-        policy_schema.endpoint(written)
+        policy_values.endpoint(written)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_other_endpoints(written: object) -> None:
 )
 def test_times(written: str | None, seconds: float | None) -> None:
     """RFC 3339, always with its offset."""
-    assert policy_schema.instant(written) == seconds
+    assert policy_values.instant(written) == seconds
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def test_times(written: str | None, seconds: float | None) -> None:
 def test_other_times(written: object) -> None:
     """A time without an offset has as many meanings as there are places."""
     with pytest.raises(ValueError, match="expected an RFC 3339 time"):
-        policy_schema.instant(written)
+        policy_values.instant(written)
 
 
 @pytest.mark.parametrize(
@@ -974,7 +974,7 @@ def test_a_generated_policy_loads(data: dict[str, Any], as_json: bool) -> None:
     for name, entry in data["experts"].items():
         assert found.tiers[found.experts[name].tier] == entry["tier"]
         assert list(found.experts[name].downgrade_to) == entry["downgrade_to"]
-        assert list(map(policy_schema.address, found.experts[name].endpoints)) == entry["endpoints"]
+        assert list(map(policy_values.address, found.experts[name].endpoints)) == entry["endpoints"]
         assert (found.experts[name].traffic.health is None) == (entry["health"] is False)
     jsonschema.Draft202012Validator(json_schema()).validate(data)
 
