@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache
 from typing import Any
 
 import jwt
@@ -36,6 +37,7 @@ def jwks() -> dict[str, Any]:
     return {"keys": keys}
 
 
+@cache
 def token(alg: str, subject: str = "caller") -> str:
     """A premium caller's token of a usual size."""
     now = int(time.time())

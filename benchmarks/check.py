@@ -1,9 +1,9 @@
 """What a Check costs: SRP beside an empty gRPC server, beside Envoy's own filters and beside no filter at all.
 
-Starts everything itself on loopback, runs the variants in turn, a second each, there and back again, and stops
-everything. Each variant has an Envoy (one worker thread) with the same configuration; all forward to the same upstream.
-Prints a table of medians over the rounds. A ratio is the median of the rounds' own ratios: what slows the machine down
-hits both sides.
+A round starts everything on loopback, runs the variants in turn, a second each, there and back again, and stops
+everything: a process may be a tenth slower than the next of its kind, all its life. Each variant has an Envoy (one
+worker thread) with the same configuration; all forward to the same upstream. Prints a table of medians over the rounds.
+A ratio is the median of the rounds' own ratios: what slows the machine down hits both sides.
 """
 
 from __future__ import annotations
@@ -207,18 +207,17 @@ def main() -> int:
         parser.error(f"no such variant: {', '.join(sorted(unknown))}")
     variants = [v for v in VARIANTS if v.name in names]
     samples: dict[str, dict[int, list[Sample]]] = {v.name: {c: [] for c in connections} for v in variants}
-    with tempfile.TemporaryDirectory(prefix="srp-bench-") as directory, ExitStack() as stack:
-        print("minting tokens and starting servers ...", file=sys.stderr)
-        bench = Bench(variants, Path(directory), stack)
-        for v in variants:
-            bench.warm(v)
-        for i in range(rounds):
+    for i in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="srp-bench-") as directory, ExitStack() as stack:
+            print(f"round {i + 1} of {rounds}: starting servers ...", file=sys.stderr)
+            bench = Bench(variants, Path(directory), stack)
+            for v in variants:
+                bench.warm(v)
             for c in connections:
                 turns = [v for second in range(seconds) for v in variants[:: 1 - second % 2 * 2]]
                 runs = [(v.name, bench.run(v, c)) for v in turns]
                 for v in variants:
                     samples[v.name][c].append(joined([sample for name, sample in runs if name == v.name]))
-            print(f"round {i + 1} of {rounds}", file=sys.stderr)
     for c in connections:
         print(table(variants, {name: by[c] for name, by in samples.items()}, c))
     if args.out:
