@@ -221,9 +221,9 @@ def test_the_two_containers_meet_at_one_socket(name: str) -> None:
     pod = gateway(rendered(name))
     authz = pod.container("ext-authz")
     bootstrap, _ = envoy_configuration(name)
-    (pipe,) = values(bootstrap, "pipe")
-    assert f"unix:{pipe['path']}" in " ".join(authz.get("args", authz.get("command")))
-    folder = pipe["path"].rpartition("/")[0]
+    (socket,) = {pipe["path"] for pipe in values(bootstrap, "pipe")}
+    assert f"unix:{socket}" in " ".join(authz.get("args", authz.get("command")))
+    folder = socket.rpartition("/")[0]
     mounting = {c["name"]: m["name"] for c in pod.containers for m in c["volumeMounts"] if m["mountPath"] == folder}
     assert mounting == {"ext-authz": "socket", "envoy": "socket"}
     assert pod.volume("socket")["emptyDir"]["medium"] == "Memory"
