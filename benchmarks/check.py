@@ -68,6 +68,7 @@ VARIANTS = (
     Variant("lease", "lease hit", "leased", hot),
     Variant("floor", "empty gRPC server", "floor", hot),
     Variant("floor-body", "empty gRPC server, requests with a body", "floor", body),
+    Variant("floor-batch", "empty gRPC server, SCHED_BATCH", "floor-batch", hot),
     Variant("hot", "one token, header gate", "srp", hot),
     Variant("callers", "10,000 callers", "srp", many),
     Variant("body", "one token, body gate", "srp", body, beside="floor-body"),
@@ -147,8 +148,8 @@ class Bench:
         return counts.hits, counts.misses
 
     def warm(self, variant: Variant) -> None:
-        """Send every request once: what can be remembered is remembered now."""
-        while self.starts.get(variant.name, 0) < self.different[variant.name]:
+        """Send every request twice: what can be remembered is remembered now."""
+        while self.starts.get(variant.name, 0) < 2 * self.different[variant.name]:
             self.run(variant, 32)
 
     def _own(self, process: parts.Process) -> parts.Process:
@@ -161,15 +162,16 @@ class Bench:
         (self.directory / "leased.yaml").write_text(callers.policy(f"{parts.HOST}:{upstream}", lease="30s"))
 
     def _server(self, name: str) -> parts.Process:
-        if name == "floor":
-            return parts.floor(self.directory, self._answer(), self._cores)
-        flags: dict[str, tuple[str | Path, ...]] = {
+        if name.startswith("floor"):
+            flags = ("--batch",) if name == "floor-batch" else ()
+            return parts.floor(self.directory, name, self._answer(), *flags, cores=self._cores)
+        options: dict[str, tuple[str | Path, ...]] = {
             "forgetful": ("--cached-tokens", str(SMALL_CACHE), "--cached-decisions", str(SMALL_CACHE)),
             "shadow": ("--shadow-policy", self.directory / "policy.yaml"),
             "log": ("--decision-log", self.directory / "decisions.log"),
         }
         policy = "leased.yaml" if name == "leased" else "policy.yaml"
-        return parts.serve(self.directory, name, *flags.get(name, ()), policy=policy, cores=self._cores)
+        return parts.serve(self.directory, name, *options.get(name, ()), policy=policy, cores=self._cores)
 
     def _answer(self) -> bytes:
         """What SRP answers to the hot token."""

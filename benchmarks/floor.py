@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,5 +30,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("socket", help="where to listen: the path of a Unix socket")
     parser.add_argument("answer", type=Path, help="a file with a serialised CheckResponse")
+    parser.add_argument("--batch", action="store_true", help="scheduled as SRP is: SCHED_BATCH")
     args = parser.parse_args()
+    if args.batch:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     uvloop.run(serve(args.socket, args.answer.read_bytes()))

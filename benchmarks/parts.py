@@ -110,13 +110,13 @@ def serve(
     return process
 
 
-def floor(directory: Path, answer: bytes, cores: frozenset[int] = frozenset()) -> Process:
-    """The empty server on the socket `directory/floor`; every Check gets `answer`."""
+def floor(directory: Path, name: str, answer: bytes, *flags: str, cores: frozenset[int] = frozenset()) -> Process:
+    """The empty server on the socket `directory/name`; every Check gets `answer`."""
     (directory / "answer").write_bytes(answer)
-    process = Process(
-        [sys.executable, HERE / "floor.py", directory / "floor", directory / "answer"], directory, "floor-srv", cores
-    )
-    process.wait_for((directory / "floor").exists)
+    socket_path = directory / name
+    command = [sys.executable, HERE / "floor.py", socket_path, directory / "answer", *flags]
+    process = Process(command, directory, f"{name}-srv", cores)
+    process.wait_for(socket_path.exists)
     return process
 
 

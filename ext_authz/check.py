@@ -97,7 +97,7 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Outcome | Refusal
 
     A Refusal comes back only when fresh keys of `Refusal.issuer` could change it; `refused` makes it an outcome.
     """
-    caller = identify(snapshot, request, now)
+    caller, new = _identify(snapshot, request, now)
     if isinstance(caller, Refusal):
         return caller if caller.issuer else refused(caller)
     names = gate.read(snapshot.policy, request)
@@ -106,7 +106,7 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Outcome | Refusal
     downgrade = may_downgrade(request)
     if snapshot.policy.reads_request:
         return Outcome(decide(snapshot.policy, caller, names, request, downgrade), caller)
-    return Outcome(_decision(snapshot, caller, names, downgrade), caller)
+    return Outcome(_decision(snapshot, caller, names, downgrade), caller, new)
 
 
 def refused(refusal: Refusal) -> Outcome:
@@ -130,10 +130,13 @@ def recall(snapshot: Snapshot, request: Headed, now: float) -> Outcome | None:
 def remember(snapshot: Snapshot, heading: Heading, request: Request, outcome: Outcome) -> None:
     """Remember the `outcome` of `check` on `request`, whose path and headers `heading` stands for.
 
-    If the names were in the body, what the headers say is remembered, and the body read anew each time.
+    If the names were in the body, what the headers say is remembered, and the body read anew each time. A token's
+    first request is not remembered: those that come once would push out those that come again.
     """
-    decision, caller = outcome
-    if not _lasting(decision) or request.repeated or snapshot.policy.reads_request or len(request.path) > MAX_PATH:
+    decision, caller, new = outcome
+    if new or not _lasting(decision) or request.repeated:
+        return
+    if snapshot.policy.reads_request or len(request.path) > MAX_PATH:
         return
     rule = gate.rule_for(snapshot.policy, request.path)
     if rule is None or rule.pointer is None:
@@ -177,16 +180,21 @@ def may_downgrade(request: Request) -> bool:
 
 def identify(snapshot: Snapshot, request: Request, now: float) -> Identity | Refusal:
     """The caller, verified now or remembered until its token ends. A failure is never remembered."""
+    return _identify(snapshot, request, now)[0]
+
+
+def _identify(snapshot: Snapshot, request: Request, now: float) -> tuple[Identity | Refusal, bool]:
+    """The caller, and whether its token was not known before."""
     token = identity.token_of(request)
     if token is None:
-        return snapshot.anonymous
+        return snapshot.anonymous, False
     if isinstance(token, Refusal):
-        return token
+        return token, False
     digest = blake2b(token.encode("utf-8", "surrogatepass"), digest_size=32).digest()
     known = snapshot.tokens.get(digest)
     if known is not None and now < known.expires:
-        return known
+        return known, False
     caller = identity.verify(snapshot.policy, snapshot.keys, token, now)
     if isinstance(caller, Identity):
         snapshot.tokens.keep(digest, caller, 1 + len(token) // _PLACE)
-    return caller
+    return caller, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from ext_authz import strict_json
@@ -16,6 +17,8 @@ REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-t
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 ENCODING = "content-encoding"
 CONTENT_TYPE = "content-type"
+_LISTS = 1024  # of names in a header, to remember
+_SHORT = 256  # characters of such a one
 
 _NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -60,10 +63,21 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
     value = request.headers.get(header)
     if value is None:
         return _default(rule)
-    names = [name for part in value.split(",") if (name := part.strip(" \t"))]
     if header == REQUESTED_CLUSTER:
-        names = [policy.clusters.get(n, n) for n in names]
-    return _checked(names) or _unusable(names, f"header {_shown(header)}")
+        names = [policy.clusters.get(n, n) for n in _listed(value)]
+        return _checked(names) or _unusable(names, f"header {_shown(header)}")
+    listed = _named if len(value) <= _SHORT else _named.__wrapped__
+    return listed(value) or _unusable(_listed(value), f"header {header}")
+
+
+@lru_cache(_LISTS)
+def _named(value: str) -> Names:
+    """The names that a header lists; none if they are not usable."""
+    return _checked(_listed(value))
+
+
+def _listed(value: str) -> list[str]:
+    return [name for part in value.split(",") if (name := part.strip(" \t"))]
 
 
 def _unreadable(request: Request) -> Refusal | None:

@@ -24,6 +24,7 @@ MAX_TOKEN = 16 * 1024  # bytes
 MAX_SUBJECT = 1024  # bytes
 MAX_DEPTH = 16
 _MAX_TIME = 2**53
+_NUMBERS = (int, float)  # but not bool, which is an int too
 _HEADERS = 128  # to remember
 
 Keys = Mapping[str, tuple[Key, ...]]
@@ -177,8 +178,13 @@ def _issuer(policy: Policy, claims: Claims) -> Issuer:
 def _key(known: tuple[Key, ...], header: _Header) -> Key | None:
     """The key the token names; without a `kid` the one key that fits, if only one does."""
     alg, kid = header
-    fitting = [k for k in known if alg in k.algorithms and (kid is None or kid == k.kid)]
-    return fitting[0] if fitting and (kid is not None or len(fitting) == 1) else None
+    if kid is not None:
+        for key in known:
+            if key.kid == kid and alg in key.algorithms:
+                return key
+        return None
+    fitting = [key for key in known if alg in key.algorithms]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _genuine(key: Key, alg: str, signed: bytes, signature: bytes) -> bool:
@@ -225,12 +231,13 @@ def _usable(subject: str) -> bool:
 
 def _time(claims: Claims, name: str) -> float | None:
     """A NumericDate (RFC 7519 §2): a finite JSON number, in seconds since the epoch; None if absent."""
-    if name not in claims:
+    value: Any = claims.get(name)
+    if value is None and name not in claims:
         return None
-    value = claims[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_TIME < value < _MAX_TIME:
+    if type(value) not in _NUMBERS or not -_MAX_TIME < value < _MAX_TIME:
         raise _BadToken(f"the token's {name} is not a time")
-    return float(value)
+    time: float = value
+    return time
 
 
 def _invalid(detail: str) -> Refusal:

@@ -34,7 +34,7 @@ def grant(policy: Policy, outcome: Outcome, request: Request, now: float) -> flo
 
     The length of the key is the filter's to judge.
     """
-    decision, caller = outcome
+    decision, caller, _ = outcome
     if not decision.serve or decision.standby:  # who answers may change what the client is told
         return None
     rule = rule_for(policy, request.path)

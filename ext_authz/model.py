@@ -144,10 +144,11 @@ NOBODY = Identity(0)  # whose a decision is that no caller was found for
 
 
 class Outcome(NamedTuple):
-    """A decision, and the caller it was made for."""
+    """A decision, and the caller it was made for; `new`: whose token was not known before."""
 
     decision: Decision
     caller: Identity
+    new: bool = False
 
 
 def refuse(refusal: Refusal, caller_tier: str | None = None) -> Decision:

@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -26,7 +25,7 @@ from ext_authz.keys import KeyStore
 from ext_authz.lease_counts import LeaseCounter
 from ext_authz.metrics import Tally, gauge, registry
 from ext_authz.reload import Control, Leasing
-from ext_authz.server import NOBODY, SWITCH, Authorization, Epoch, Server
+from ext_authz.server import NOBODY, Authorization, Epoch, Server, take_turns
 from ext_authz.settings import Settings
 from ext_authz.status import StatusListener
 from ext_authz.witness import Witness
@@ -40,9 +39,7 @@ log = logging.getLogger("srp")
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. PolicyError or OSError if it cannot start."""
     log_lines.start(settings.log_level)
-    # At the default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go of the
-    # interpreter for a moment each round, never lets the log's writer have it.
-    sys.setswitchinterval(SWITCH)
+    take_turns()
     uvloop.run(_serve(settings))
 
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket as sockets
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,7 @@ MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy an
 DRAIN = 10.0  # seconds
 KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
 MAX_WAITING = 64  # checks that wait for keys; the rest is decided by those at hand, so that unknown ids hold up nobody
-SWITCH = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
+SWITCH = 0.0002  # seconds
 
 log = logging.getLogger("srp.server")
 
@@ -97,7 +98,7 @@ class Authorization:
                     made = check(epoch.snapshot, request, now)
                 outcome = refused(made) if isinstance(made, Refusal) else made
                 remember(epoch.snapshot, raw.heading, request, outcome)
-            decision, caller = outcome
+            decision, caller, _ = outcome
             until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
             if until is None:
                 answer = epoch.writer.write(decision, decision_id, caller.subject)
@@ -192,6 +193,18 @@ class Server:
     async def _report(self, status: Any) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
+
+
+def take_turns() -> None:
+    """Settle how the threads of this process, those to come too, take turns. Children inherit the second half.
+
+    At the interpreter's default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go
+    of the interpreter for a moment each round, never lets the log's writer have it. And gRPC's threads wake for each
+    event, to hand it to the loop: as SCHED_BATCH (sched(7)) they wait until the loop is idle, and hand it several.
+    """
+    sys.setswitchinterval(SWITCH)
+    with contextlib.suppress(OSError, AttributeError):  # not allowed here, or not Linux
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def unix_path(listen: str) -> Path | None:

@@ -25,7 +25,7 @@ from ext_authz.counts import Counts, counted
 from ext_authz.frames import BadFrame
 from ext_authz.metrics import Tally
 from ext_authz.policy import Policy
-from ext_authz.server import DRAIN, NOBODY, SWITCH, Authorization, Epoch, Server, unix_path
+from ext_authz.server import DRAIN, NOBODY, Authorization, Epoch, Server, take_turns, unix_path
 
 log = logging.getLogger("srp.worker")
 
@@ -39,7 +39,7 @@ def main() -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the owner gets it too, and says when to stop
-    sys.setswitchinterval(SWITCH)
+    take_turns()
     uvloop.run(_serve(link))
 
 

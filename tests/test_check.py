@@ -278,9 +278,11 @@ def test_what_is_remembered_is_bounded() -> None:
     memory = Memory(tokens=4, decisions=2)
     snapshot = memory.snapshot(POLICY, keys(), 1)
     for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
-        answered(snapshot, asks(names, token(sub=f"caller-{n}")))
+        request = asks(names, token(sub=f"caller-{n}"))
+        for _ in range(2):
+            answered(snapshot, request)
     assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.headings)) == (3, 2, 2)
-    assert memory.uses == {"tokens": Uses(0, 5, 2), "decisions": Uses(0, 5, 3), "headings": Uses(0, 5, 3)}
+    assert memory.uses == {"tokens": Uses(5, 5, 2), "decisions": Uses(5, 5, 3), "headings": Uses(0, 10, 3)}
     newer = memory.snapshot(POLICY, keys(), 2)
     assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
 
@@ -317,6 +319,21 @@ def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tup
                 break
             latest.add(k)
         assert latest <= here
+
+
+def test_tokens_that_come_once_push_out_nobody() -> None:
+    """A token's first request is not remembered by its headers, its second is: the regular callers' stay."""
+    snapshot = Memory(tokens=100, decisions=4).snapshot(POLICY, keys(), 1)
+    for regular in (asks("A"), asks("A", token(sub="regular"))):
+        for _ in range(2):
+            answered(snapshot, regular)
+    assert len(snapshot.headings) == 2
+    once = [asks("A", token(sub=f"once-{n}")) for n in range(20)]
+    for request in once:
+        answered(snapshot, request)
+    assert (len(snapshot.headings), snapshot.headings.uses.evictions) == (2, 0)
+    answered(snapshot, once[0])
+    assert len(snapshot.headings) == 3
 
 
 def test_a_long_path_is_not_remembered() -> None:

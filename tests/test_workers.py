@@ -157,6 +157,14 @@ def test_the_sockets_are_beside_the_owners_and_private(team: System) -> None:
     assert {(team.directory / name).stat().st_mode & 0o777 for name in listening(team)} == {0o660}
 
 
+def test_no_thread_of_theirs_interrupts_another(team: System) -> None:
+    """gRPC's threads, too: a wake-up for each of its events would cost a fifth of all CPU time."""
+    for pid in [w["pid"] for w in team.status()["workers"]]:
+        threads = [int(p.name) for p in Path(f"/proc/{pid}/task").iterdir()]
+        assert len(threads) > 2
+        assert {os.sched_getscheduler(tid) for tid in threads} == {os.SCHED_BATCH}
+
+
 def test_a_policy_in_force_is_every_workers(team: System) -> None:
     """Swaps under load: an answer agrees with the policy it carries, and none has the old one once the new counts."""
     original = demo_policy(team.ports)
