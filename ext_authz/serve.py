@@ -114,17 +114,18 @@ async def _serve(settings: Settings) -> None:
         stack.push_async_callback(stop)
         stack.push_async_callback(ads.close)
         log.info("srp %s listens on %s", __version__, server.address)
-        watching = asyncio.create_task(control.watch())
+        stopped = asyncio.create_task(stopping.wait())
+        # Neither ends by itself: without the one no policy would be replaced, without the other no worker.
+        tasks = {stopped, *map(asyncio.create_task, (control.watch(), workers.ended()))}
         try:
-            stopped = asyncio.create_task(stopping.wait())
-            await asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()
-                raise RuntimeError("the policy is not watched any more")
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopped}:
+                task.result()
+                raise RuntimeError("the policy or the workers are not looked after any more")
         finally:
-            for task in (watching, stopped):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(watching, stopped, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         log.info("draining for up to %g s", settings.drain)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -130,6 +131,8 @@ class Worker:
         """Take checks; OSError if the address cannot be had."""
         handlers = self._authorization.handlers()
         server = Server(self._start.listen, handlers, max_concurrent=self._start.max_concurrent)
+        gc.collect()
+        gc.freeze()  # as the owner does
         await server.start()
         self._server = server
         self._send(frames.Listening())

@@ -41,7 +41,7 @@ class Workers:
         self._refresh = refresh
         self._places = [Place(n, path) for n, path in enumerate(sockets(settings)[1:], 1)]
         self._living: set[WorkerProcess] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._running: asyncio.Task[None] | None = None
         self._refreshing: set[asyncio.Task[None]] = set()
         self._policies: dict[str, bytes] = {}  # framed, by digest: of the newest epoch, and the one to come
         self._newest = ""
@@ -54,8 +54,14 @@ class Workers:
     def start(self) -> None:
         """Have the processes, from now until `stop`."""
         if self._places:
-            self._tasks = [asyncio.create_task(self._keep(place)) for place in self._places]
-            self._tasks.append(asyncio.create_task(self._watch()))
+            self._running = asyncio.create_task(self._run())
+
+    async def ended(self) -> None:
+        """Until nobody looks after the processes any more, which never is before `stop`: raises what went wrong."""
+        if self._running is None:
+            await asyncio.Event().wait()
+        else:
+            await asyncio.shield(self._running)
 
     async def prepare(self, digest: str, text: bytes, path: Path) -> None:
         """Have a policy compiled, so that an epoch of it can be taken over at once. The wait is bounded."""
@@ -108,9 +114,10 @@ class Workers:
             else:
                 worker.process.kill()
         await self._until(lambda: not self._living, drain + LAST)
-        for task in (*self._tasks, *self._refreshing):
+        tasks = [*([self._running] if self._running else []), *self._refreshing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._refreshing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def counts(self) -> Counts:
         """All that workers have counted, as they last told: the living and those before them."""
@@ -129,6 +136,12 @@ class Workers:
         """Each worker, for `/status`; `checks` are those of its predecessors, too."""
         living = {w.place: w for w in self._living}
         return [reported(place, living.get(place)) for place in self._places]
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for place in self._places:
+                group.create_task(self._keep(place))
+            group.create_task(self._watch())
 
     # ---- one worker ----
 

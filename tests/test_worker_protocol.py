@@ -364,6 +364,25 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
     asyncio.run(play())
 
 
+def test_an_owner_that_cannot_look_after_its_workers_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of its own ends all that keep workers, and the workers; who waits for that is told."""
+
+    def fails(_: Workers) -> int:
+        raise RuntimeError("a fault of its own")
+
+    async def play() -> None:
+        async with owned(tmp_path, "time.sleep(60)", monkeypatch) as it:
+            await until(lambda: bool(it._living))
+            (worker,) = it._living
+            monkeypatch.setattr(Workers, "_ask", fails)
+            with pytest.raises(ExceptionGroup) as told:
+                await asyncio.wait_for(it.ended(), 10)
+            assert told.group_contains(RuntimeError, match="a fault of its own")
+            assert worker.process.returncode == -9
+
+    asyncio.run(play())
+
+
 def test_one_process_has_no_workers(tmp_path: Path) -> None:
     """Without workers nothing is sent, waited for or told."""
 
@@ -378,6 +397,8 @@ def test_one_process_has_no_workers(tmp_path: Path) -> None:
         await it.settled()
         await it.fresh()
         assert (it.report(), it.restarts, it.counts().checks) == ([], 0, 0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(it.ended(), 0.05)
         await it.stop(0.0)
 
     asyncio.run(play())
