@@ -7,6 +7,7 @@ is late holds up only its own connection. The servers take turns, round after ro
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import parts
 from check import VARIANTS, Bench
 
-ASKED = ("none", "native", "lease", "floor", "hot")
+ASKED = ("none", "native", "lease", "floor", "floor-batch", "hot")
 
 
 def main() -> int:
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=5, help="of each measurement (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--clients", type=int, default=200, help="connections (default: 200)")
+    parser.add_argument("--busy", action="store_true", help="beside a process for each core that never waits")
     args = parser.parse_args()
     variants = [v for v in VARIANTS if v.name in ASKED]
     found: dict[str, list[tuple[float, float, float]]] = {v.name: [] for v in variants}
@@ -35,6 +37,9 @@ def main() -> int:
         pause = round(args.clients / args.rate * 1000)
         for v in variants:
             bench.warm(v)
+        for n in range(os.cpu_count() or 1 if args.busy else 0):
+            busy = parts.Process([sys.executable, "-c", "while True: pass"], Path(made), f"busy-{n}")
+            stack.callback(busy.stop)
         for _ in range(args.rounds):
             for v in variants:
                 requests = Path(made) / f"{v.name}.requests"
