@@ -31,7 +31,7 @@ MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy an
 DRAIN = 10.0  # seconds
 KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
 MAX_WAITING = 64  # checks that wait for keys; the rest is decided by those at hand, so that unknown ids hold up nobody
-SWITCH = 0.0002  # seconds
+SWITCH = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
 
 log = logging.getLogger("srp.server")
 
@@ -200,11 +200,13 @@ def take_turns() -> None:
 
     At the interpreter's default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go
     of the interpreter for a moment each round, never lets the log's writer have it. And gRPC's threads wake for each
-    event, to hand it to the loop: as SCHED_BATCH (sched(7)) they wait until the loop is idle, and hand it several.
+    event, to hand it to the loop: as SCHED_BATCH (sched(7)) they wait until the loop is idle, and hand it several. A
+    policy that somebody chose for this process stays.
     """
     sys.setswitchinterval(SWITCH)
     with contextlib.suppress(OSError, AttributeError):  # not allowed here, or not Linux
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def unix_path(listen: str) -> Path | None:
