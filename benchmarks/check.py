@@ -162,16 +162,17 @@ class Bench:
         (self.directory / "leased.yaml").write_text(callers.policy(f"{parts.HOST}:{upstream}", lease="30s"))
 
     def _server(self, name: str) -> parts.Process:
-        if name.startswith("floor"):
-            flags = ("--batch",) if name == "floor-batch" else ()
-            return parts.floor(self.directory, name, self._answer(), *flags, cores=self._cores)
         options: dict[str, tuple[str | Path, ...]] = {
+            "floor-batch": ("--batch",),
             "forgetful": ("--cached-tokens", str(SMALL_CACHE), "--cached-decisions", str(SMALL_CACHE)),
             "shadow": ("--shadow-policy", self.directory / "policy.yaml"),
             "log": ("--decision-log", self.directory / "decisions.log"),
         }
+        flags = options.get(name, ())
+        if name.startswith("floor"):
+            return parts.floor(self.directory, name, self._answer(), *flags, cores=self._cores)
         policy = "leased.yaml" if name == "leased" else "policy.yaml"
-        return parts.serve(self.directory, name, *options.get(name, ()), policy=policy, cores=self._cores)
+        return parts.serve(self.directory, name, *flags, policy=policy, cores=self._cores)
 
     def _answer(self) -> bytes:
         """What SRP answers to the hot token."""

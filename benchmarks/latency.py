@@ -37,7 +37,7 @@ def main() -> int:
         pause = round(args.clients / args.rate * 1000)
         for v in variants:
             bench.warm(v)
-        for n in range(os.cpu_count() or 1 if args.busy else 0):
+        for n in range(len(os.sched_getaffinity(0)) if args.busy else 0):
             busy = parts.Process([sys.executable, "-c", "while True: pass"], Path(made), f"busy-{n}")
             stack.callback(busy.stop)
         for _ in range(args.rounds):

@@ -101,22 +101,22 @@ def serve(
     directory: Path, name: str, *flags: str | Path, policy: str = "policy.yaml", cores: frozenset[int] = frozenset()
 ) -> Process:
     """`srp serve` with a policy in `directory`, on the socket `directory/name`."""
-    socket_path = directory / name
-    command = [sys.executable, "-m", "ext_authz", "serve", "--policy", directory / policy]
-    process = Process(
-        [*command, "--listen", f"unix:{socket_path}", "--status", "off", *flags], directory, f"{name}-srp", cores
-    )
-    process.wait_for(socket_path.exists)
-    return process
+    command = ["-m", "ext_authz", "serve", "--policy", directory / policy, "--listen", f"unix:{directory / name}"]
+    return _server([*command, "--status", "off", *flags], directory, name, cores)
 
 
-def floor(directory: Path, name: str, answer: bytes, *flags: str, cores: frozenset[int] = frozenset()) -> Process:
+def floor(
+    directory: Path, name: str, answer: bytes, *flags: str | Path, cores: frozenset[int] = frozenset()
+) -> Process:
     """The empty server on the socket `directory/name`; every Check gets `answer`."""
     (directory / "answer").write_bytes(answer)
-    socket_path = directory / name
-    command = [sys.executable, HERE / "floor.py", socket_path, directory / "answer", *flags]
-    process = Process(command, directory, f"{name}-srv", cores)
-    process.wait_for(socket_path.exists)
+    return _server([HERE / "floor.py", directory / name, directory / "answer", *flags], directory, name, cores)
+
+
+def _server(command: Sequence[str | Path], directory: Path, name: str, cores: frozenset[int]) -> Process:
+    """This Python with that command line, once it listens on the socket `directory/name`."""
+    process = Process([sys.executable, *command], directory, f"{name}-srv", cores)
+    process.wait_for((directory / name).exists)
     return process
 
 

@@ -2,7 +2,7 @@
 
 The tokens are HS256, which costs next to nothing to sign, so that the time goes into the checks. One in ten has a bad
 signature, one in ten names an expert nobody has heard of, one in ten has a body; one in six comes a second time, and is
-remembered by its headers then. Every million checks there is a new epoch, as after a change of keys. Resident memory is
+remembered by its headers then. Every million tokens there is a new epoch, as after a change of keys. Resident memory is
 told once the caches are full, in the middle and at the end.
 """
 
@@ -96,7 +96,7 @@ async def soak(checks: int, policy: Policy) -> list[int]:
         if n in told:
             found.append(rss())
             print(
-                f"{told[n]:12} {n:>9,} checks {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
+                f"{told[n]:12} {n:>9,} tokens {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
                 flush=True,
             )
     print({f"{v.value}/{r.value}": n for (v, r), n in sorted(tally.decisions.items())}, memory.uses)
@@ -105,7 +105,7 @@ async def soak(checks: int, policy: Policy) -> list[int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", type=int, default=5_000_000, help="default: 5000000")
+    parser.add_argument("--checks", type=int, default=5_000_000, help="new tokens (default: 5000000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="srp-soak-") as made:
         (Path(made) / "secret").write_bytes(SECRET)

@@ -236,8 +236,7 @@ def _time(claims: Claims, name: str) -> float | None:
         return None
     if type(value) not in _NUMBERS or not -_MAX_TIME < value < _MAX_TIME:
         raise _BadToken(f"the token's {name} is not a time")
-    time: float = value
-    return time
+    return float(value)
 
 
 def _invalid(detail: str) -> Refusal:

@@ -57,7 +57,7 @@ class Workers:
             self._running = asyncio.create_task(self._run())
 
     async def ended(self) -> None:
-        """Until nobody looks after the processes any more, which never is before `stop`: raises what went wrong."""
+        """Until nobody looks after the processes any more. Before `stop` that is a fault, which it raises."""
         if self._running is None:
             await asyncio.Event().wait()
         else:
@@ -114,7 +114,7 @@ class Workers:
             else:
                 worker.process.kill()
         await self._until(lambda: not self._living, drain + LAST)
-        tasks = [*([self._running] if self._running else []), *self._refreshing]
+        tasks = list(filter(None, (self._running, *self._refreshing)))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,12 +136,6 @@ class Workers:
         """Each worker, for `/status`; `checks` are those of its predecessors, too."""
         living = {w.place: w for w in self._living}
         return [reported(place, living.get(place)) for place in self._places]
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for place in self._places:
-                group.create_task(self._keep(place))
-            group.create_task(self._watch())
 
     # ---- one worker ----
 
@@ -239,6 +233,12 @@ class Workers:
             worker.send(frames.frame(frames.Refreshed(issuer)))
 
     # ---- all of them ----
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for place in self._places:
+                group.create_task(self._keep(place))
+            group.create_task(self._watch())
 
     async def _watch(self) -> None:
         """Ask for counts, and end whoever is late. No more of that once they are to stop."""

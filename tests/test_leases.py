@@ -821,7 +821,7 @@ def test_with_leases_as_without(it: Leased) -> None:
     warm, cold = it.proxies
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=15, deadline=None, phases=[Phase.reuse, Phase.generate])
+    @settings(max_examples=20, deadline=None, phases=[Phase.reuse, Phase.generate])
     @given(
         st.lists(
             st.tuples(changes, st.lists(st.tuples(asked, st.sampled_from([*TWISTS])), min_size=1, max_size=3)),

@@ -22,7 +22,7 @@ from ext_authz.cli import main
 from policies import write_keys
 from system import System, get_json, rss, system, wait_for
 
-SWAPS = int(os.environ.get("SRP_SWAPS", "60"))  # the README's figure is of 1,000
+SWAPS = int(os.environ.get("SRP_SWAPS", "100"))  # the README's figure is of 1,000
 BROKEN = sorted((Path(__file__).parent / "broken_policies").glob("*.yaml"))
 FILES = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
 

@@ -568,7 +568,6 @@ def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> Non
         assert answered.get("x-srp-unknown", "") == ",".join(dict.fromkeys(n for n in names if n != names[0]))
 
 
-@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(

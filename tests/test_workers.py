@@ -158,7 +158,7 @@ def test_the_sockets_are_beside_the_owners_and_private(team: System) -> None:
 
 
 def test_no_thread_of_theirs_interrupts_another(team: System) -> None:
-    """gRPC's threads, too: a wake-up for each of its events would cost a fifth of all CPU time."""
+    """gRPC's threads, too: they would, at each of a check's events."""
     for pid in [w["pid"] for w in team.status()["workers"]]:
         threads = [int(p.name) for p in Path(f"/proc/{pid}/task").iterdir()]
         assert len(threads) > 2
