@@ -1,6 +1,6 @@
 """How well the idlest permitted expert does: SRP beside other ways to balance, and beside what is possible at all.
 
-    .venv/bin/python benchmarks/balance.py [--seconds 20] [--rounds 3] [--stretch 3]
+    .venv/bin/python -m benchmarks.balance [--seconds 20] [--rounds 3] [--stretch 3]
 
 Three unequal experts (8, 8 and 16 requests at a time; exponential service times) get Poisson arrivals at 70 % and 90 %
 of what they can serve together, open-loop: nobody waits for an answer before sending the next request. Every policy gets
@@ -36,13 +36,10 @@ from typing import Any
 import aiohttp
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import queues  # noqa: E402
-from queues import Kind, Trace  # noqa: E402
-
-from system import HOST, System, free_ports, system, wait_for  # noqa: E402
+from benchmarks import queues
+from benchmarks.queues import Kind, Trace
+from tests.harness import ROOT
+from tests.harness.system import HOST, System, free_ports, system, wait_for
 
 RESULTS = ROOT / "benchmarks/results/balance.json"
 PLOT = ROOT / "docs/balance.png"
@@ -165,7 +162,7 @@ def running(case: Case) -> Iterator[tuple[System, int]]:
     with system(
         policy,
         {e.name: 1 for e in case.experts},
-        expert_command=(sys.executable, str(ROOT / "benchmarks/expert.py")),
+        expert_command=(sys.executable, "-m", "benchmarks.expert"),
         expert_flags={e.name: ("--slots", str(e.slots), "--mean", str(e.mean)) for e in case.experts},
         envoy_config=lambda text: beside(text, port, [ports[e.name][0] for e in case.experts]),
     ) as it:

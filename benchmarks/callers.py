@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
 from jwt.algorithms import get_default_algorithms
 
-from ext_authz.twin import twins
+from ext_authz.wire.twin import twins
 
 ISSUER = "https://idp.example.com/"
 AUDIENCE = "moe-gateway"

@@ -19,14 +19,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import callers
-import parts
-
-from ext_authz import policy_file, wire
-from ext_authz.model import Identity, Request
-from ext_authz.policy import decide
+from benchmarks import callers, parts
+from ext_authz.core.model import Identity, Request
+from ext_authz.core.policy import decide
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.wire import check as wire
 
 SMALL_CACHE = 1000  # tokens that the server for new tokens remembers
 NEW_TOKENS = 2500  # in turn: each is long forgotten when its turn comes again

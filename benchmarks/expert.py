@@ -9,7 +9,8 @@ import argparse
 import asyncio
 
 from aiohttp import web
-from queues import Slots
+
+from benchmarks.queues import Slots
 
 
 def make_app(name: str, slots: int, mean: float) -> web.Application:

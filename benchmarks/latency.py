@@ -14,10 +14,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import parts
-from check import VARIANTS, Bench
+from benchmarks import parts
+from benchmarks.check import VARIANTS, Bench
 
 ASKED = ("none", "native", "lease", "floor", "floor-batch", "hot")
 

@@ -22,10 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import callers
-import parts
+from benchmarks import callers, parts
 
 CONNECTIONS = 32
 BATCH = 50  # requests that a connection is sent at once

@@ -13,10 +13,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import callers
-import parts
+from benchmarks import callers, parts
 
 
 def main() -> int:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from callers import AUDIENCE, ISSUER, jwks
 
-from ext_authz import lease_counts as lease_counts_
-from ext_authz.bootstrap import bootstrap, envoy_file
-from ext_authz.lease_counts import LeaseCounts
+from benchmarks.callers import AUDIENCE, ISSUER, jwks
+from ext_authz.observe import lease_counts as lease_counts_
+from ext_authz.observe.lease_counts import LeaseCounts
+from ext_authz.wire.bootstrap import bootstrap, envoy_file
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def floor(
 ) -> Process:
     """The empty server on the socket `directory/name`; every Check gets `answer`."""
     (directory / "answer").write_bytes(answer)
-    return _server([HERE / "floor.py", directory / name, directory / "answer", *flags], directory, name, cores)
+    return _server(["-m", "benchmarks.floor", directory / name, directory / "answer", *flags], directory, name, cores)
 
 
 def _server(command: Sequence[str | Path], directory: Path, name: str, cores: frozenset[int]) -> Process:

@@ -1,6 +1,6 @@
 """How long from a changed policy file to the new policy in force, and whether anything fails meanwhile.
 
-    .venv/bin/python benchmarks/reload.py [--swaps 1000]
+    .venv/bin/python -m benchmarks.reload [--swaps 1000]
 
 Starts the whole proxy on loopback, flips expert C between two tiers under load, ConfigMap style (a new folder and one
 symlink swapped), and prints the percentiles of swap → in force: the time from the swap to the first answer that carries
@@ -15,17 +15,13 @@ import shutil
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import aiohttp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tokens  # noqa: E402
-from conftest import demo_policy  # noqa: E402
-from ext_authz import policy_file  # noqa: E402
-from system import System, rss, system  # noqa: E402
+from ext_authz.policyfile import compile as policy_file
+from tests.conftest import demo_policy
+from tests.harness import tokens
+from tests.harness.system import System, rss, system
 
 
 def mount(it: System, number: int, text: str) -> None:

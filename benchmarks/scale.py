@@ -1,6 +1,6 @@
 """What many experts cost: start, memory, clusters, and the time that choosing takes.
 
-    .venv/bin/python benchmarks/scale.py [--experts 64] [--replicas 8] [--rounds 7] [--requests 400]
+    .venv/bin/python -m benchmarks.scale [--experts 64] [--replicas 8] [--rounds 7] [--requests 400]
 
 Runs two whole proxies side by side, one with three experts and one with many, and asks them in turn, round after round,
 for 3 of their experts and for all. The replicas are addresses of the loopback network that one process answers for;
@@ -13,18 +13,13 @@ import argparse
 import http.client
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from urllib.request import urlopen
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from ext_authz.clusters import PAIRS  # noqa: E402
-from system import HOST, System, rss, system, wait_for  # noqa: E402
+from ext_authz.wire.clusters import PAIRS
+from tests.harness.system import HOST, System, rss, system, wait_for
 
 
 def names(experts: int) -> list[str]:

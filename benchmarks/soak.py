@@ -20,18 +20,15 @@ import time
 from pathlib import Path
 from types import MappingProxyType
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from callers import check_request
-from parts import rss
-
-from ext_authz import policy_file
-from ext_authz.check import Memory
-from ext_authz.jwk import secret_key
-from ext_authz.keys import KeyStore
-from ext_authz.metrics import Tally
-from ext_authz.policy import Policy
-from ext_authz.server import Authorization, Epoch
+from benchmarks.callers import check_request
+from benchmarks.parts import rss
+from ext_authz.core.check import Memory
+from ext_authz.core.jwk import secret_key
+from ext_authz.core.policy import Policy
+from ext_authz.observe.metrics import Tally
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.serve.server import Authorization, Epoch
+from ext_authz.sources.keys import KeyStore
 
 SECRET = b"a secret of thirty-two bytes or more"
 ISSUER = "https://idp.example.com/"

@@ -17,16 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import callers
-
-from ext_authz import policy_file
-from ext_authz.check import Memory
-from ext_authz.jwk import parse_jwks
-from ext_authz.keys import KeyStore
-from ext_authz.metrics import Tally
-from ext_authz.server import Authorization, Epoch
+from benchmarks import callers
+from ext_authz.core.check import Memory
+from ext_authz.core.jwk import parse_jwks
+from ext_authz.observe.metrics import Tally
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.serve.server import Authorization, Epoch
+from ext_authz.sources.keys import KeyStore
 
 KINDS = {"one token": 1, "new RS256 token each time": 1500}
 

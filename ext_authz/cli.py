@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ext_authz import __version__, policy_file, policy_warnings, settings, strict_json
-from ext_authz.model import Identity, Refusal, Request
-from ext_authz.policy import Policy
+from ext_authz import __version__, settings
+from ext_authz.core import strict_json
+from ext_authz.core.model import Identity, Refusal, Request
+from ext_authz.core.policy import Policy
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile import warnings as policy_warnings
 
 OK, FAILED, USAGE = 0, 1, 2
 _DURATION = re.compile(r"(\d{1,9})(s|m|h|d)")
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace) -> int:
     # One thread less on a check's way (docs/performance.md). gRPC reads it once, when it is imported.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    from ext_authz.serve import run  # grpc and uvloop take time to import, and only the server needs them
+    from ext_authz.serve.app import run  # grpc and uvloop take time to import, and only the server needs them
 
     try:
         chosen = settings.read(args)
@@ -144,7 +147,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _test(args: argparse.Namespace) -> int:
-    from ext_authz import policy_test
+    from ext_authz.review import run_cases as policy_test
 
     def out(text: str) -> None:
         print(text, end="", flush=True)
@@ -153,8 +156,8 @@ def _test(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from ext_authz import policy_diff
     from ext_authz.progress import Progress
+    from ext_authz.review import diff as policy_diff
 
     try:
         old, new = policy_diff.load(args.old, args.new)
@@ -175,7 +178,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from ext_authz.explain import explain
+    from ext_authz.review.explain import explain
 
     policy = policy_file.load(args.policy)
     names = [n.strip() for n in args.experts.split(",") if n.strip()]
@@ -188,8 +191,8 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
-    from ext_authz import identity
-    from ext_authz.explain import by_claims, by_token
+    from ext_authz.core import identity
+    from ext_authz.review.explain import by_claims, by_token
 
     if args.claims is not None:
         return by_claims(policy, _object(args.claims, "--claims"))
@@ -205,7 +208,7 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from ext_authz import status_text
+    from ext_authz.observe import status_text
 
     report = status_text.fetch(args.address)
     print(json.dumps(report, indent=2) if args.json else status_text.text(report))
@@ -213,7 +216,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _token(args: argparse.Namespace) -> int:
-    from ext_authz.demo_keys import DemoKeys
+    from ext_authz.demo.keys import DemoKeys
 
     claims = {name: _value(value) for name, value in (_pair(c, "--claim") for c in args.claim)}
     try:
@@ -230,7 +233,7 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ext_authz.demo import DemoError, run
+    from ext_authz.demo.demo import DemoError, run
 
     try:
         return run(args.dir, args.port)

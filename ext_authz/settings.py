@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ext_authz.check import CACHED_DECISIONS, CACHED_TOKENS
+from ext_authz.core.check import CACHED_DECISIONS, CACHED_TOKENS
 
 MAX_WORKERS = 64
 MAX_PATH = 100  # bytes of a socket's path

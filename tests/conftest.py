@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-import tokens
-from system import System, system
+from tests.harness import tokens
+from tests.harness.system import System, system
 
 POLICY = """\
 version: 1

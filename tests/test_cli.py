@@ -11,12 +11,11 @@ from pathlib import Path
 import jwt
 import pytest
 
-from ext_authz import policy_file
 from ext_authz.cli import main
-from ext_authz.demo import POLICY
-from ext_authz.demo_keys import AUDIENCE, ISSUER, DemoKeys
-
-ROOT = Path(__file__).parents[1]
+from ext_authz.demo.demo import POLICY
+from ext_authz.demo.keys import AUDIENCE, ISSUER, DemoKeys
+from ext_authz.policyfile import compile as policy_file
+from tests.harness import ROOT
 
 
 @pytest.fixture

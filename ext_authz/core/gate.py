@@ -1,0 +1,176 @@
+"""The gate: which experts does this request name? Pure; every malformed answer is a refusal, never the default list."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from ext_authz.core import strict_json
+from ext_authz.core.model import Reason, Refusal, Request
+from ext_authz.core.policy import GateRule, Policy
+
+MAX_NAMES = 64
+MAX_NAME_LENGTH = 64  # bytes; a name is visible ASCII, so characters too
+MAX_DEPTH = 32  # nesting of a JSON body
+REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-target-cluster
+PARTIAL_BODY = "x-envoy-auth-partial-body"
+ENCODING = "content-encoding"
+CONTENT_TYPE = "content-type"
+_LISTS = 1024  # of names in a header, to remember
+_SHORT = 256  # characters of such a one
+
+_NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
+_CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+_UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
+_ABSENT, _AMBIGUOUS = object(), object()
+
+Names = tuple[str, ...]
+
+
+def read(policy: Policy, request: Request) -> Names | Refusal:
+    """The names that the request asks for, in its order and de-duplicated, or why they cannot be read."""
+    rule = rule_for(policy, request.path)
+    if rule is None:
+        return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
+    if rule.header is not None:
+        return _from_header(policy, rule, request)
+    if rule.pointer is not None:
+        return _unreadable(request) or in_body(rule, request.body)
+    return _default(rule)
+
+
+def rule_for(policy: Policy, path: str) -> GateRule | None:
+    """The rule that says where requests to `path` name their experts."""
+    for rule in policy.gate:
+        if rule.covers(path):
+            return rule
+    return None
+
+
+def headers(policy: Policy) -> frozenset[str]:
+    """The headers that `read` may look at, and the one that leases go by."""
+    return frozenset(
+        {ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, *(rule.header for rule in policy.gate if rule.header)}
+    )
+
+
+def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:
+    header = rule.header or ""
+    if header in request.repeated:
+        return _bad(f"header {_shown(header)} came more than once")
+    value = request.headers.get(header)
+    if value is None:
+        return _default(rule)
+    if header == REQUESTED_CLUSTER:
+        names = [policy.clusters.get(n, n) for n in _listed(value)]
+        return _checked(names) or _unusable(names, f"header {_shown(header)}")
+    listed = _named if len(value) <= _SHORT else _named.__wrapped__
+    return listed(value) or _unusable(_listed(value), f"header {header}")
+
+
+@lru_cache(_LISTS)
+def _named(value: str) -> Names:
+    """The names that a header lists; none if they are not usable."""
+    return _checked(_listed(value))
+
+
+def _listed(value: str) -> list[str]:
+    return [name for part in value.split(",") if (name := part.strip(" \t"))]
+
+
+def _unreadable(request: Request) -> Refusal | None:
+    """Why its headers say that the body cannot be read, if they do."""
+    encoding = request.headers.get(ENCODING, "identity")
+    if ENCODING in request.repeated or encoding.strip().lower() != "identity":
+        return _bad("the body is compressed")
+    if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
+        return _bad("the body is incomplete")
+    if CONTENT_TYPE in request.repeated or not _utf8(request.headers.get(CONTENT_TYPE, "")):
+        return _bad("the body is declared to be in another charset than UTF-8")
+    return None
+
+
+def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
+    """The names in a body whose headers say nothing against it."""
+    pointer = rule.pointer or ()
+    if not body:
+        return _default(rule)
+    try:
+        value = strict_json.loads(body, MAX_DEPTH)
+    except ValueError as e:
+        return _bad(f"the body {e}")
+    found = _resolve(value, pointer)
+    if found is _ABSENT:
+        return _default(rule)
+    if found is _AMBIGUOUS:
+        return _bad(f"{_member(pointer)} is there in another spelling")
+    if isinstance(found, str):
+        found = [found]
+    if not isinstance(found, list) or not set(map(type, found)) <= {str}:
+        return _bad(f"{_member(pointer)} is not a string or a list of strings")
+    return _checked(found) or _unusable(found, _member(pointer))
+
+
+def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
+    """RFC 6901 evaluation; _ABSENT if the member or element is not there, None (a wrong type) if it could not be.
+
+    _AMBIGUOUS if there is a member that differs in case only: Go's encoding/json, among others, takes it for the same.
+    """
+    for token in pointer:
+        if isinstance(value, dict):
+            for name in value:
+                if len(name) == len(token) and name != token and _same_letters(name, token):
+                    return _AMBIGUOUS
+            value = value.get(token, _ABSENT)
+        elif isinstance(value, list) and _INDEX.fullmatch(token):
+            value = value[int(token)] if int(token) < len(value) else _ABSENT
+        else:
+            return None
+        if value is _ABSENT:
+            return _ABSENT
+    return value
+
+
+def _same_letters(a: str, b: str) -> bool:
+    return a.casefold() == b.casefold()
+
+
+def _utf8(content_type: str) -> bool:
+    """Whether the content type names no charset but UTF-8: a reader that goes by another sees another text."""
+    return all((rest.strip(), name.lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
+
+
+def _checked(names: list[str]) -> Names:
+    """The names without repetition; none if they are none, too many or ill-formed."""
+    if len(names) > MAX_NAMES or not all(map(_NAME.fullmatch, names)):
+        return ()
+    return tuple(dict.fromkeys(names))
+
+
+def _unusable(names: list[str], where: str) -> Refusal:
+    """Why `_checked` gives none."""
+    if not names:
+        return Refusal(Reason.NO_EXPERTS_REQUESTED, f"{where} names no expert")
+    if len(names) > MAX_NAMES:
+        return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are read")
+    return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
+
+
+def _default(rule: GateRule) -> Names | Refusal:
+    if rule.default:
+        return rule.default
+    return Refusal(Reason.NO_EXPERTS_REQUESTED, "the request names no expert and the gate has no default")
+
+
+def _bad(detail: str) -> Refusal:
+    return Refusal(Reason.BAD_GATE, detail)
+
+
+def _member(pointer: tuple[str, ...]) -> str:
+    return "body member /" + "/".join(pointer)
+
+
+def _shown(header: str) -> str:
+    return "x-target-cluster" if header == REQUESTED_CLUSTER else header

@@ -1,0 +1,206 @@
+"""JSON Web Key Sets and shared secrets, read into keys that can only verify what they are meant for. Pure.
+
+A set is taken whole or refused whole. Keys for other uses are passed over; a key that claims our use and is broken or
+weak, or any private key, refuses the set: half a set would turn the mistake of an issuer into refused callers with no
+cause in sight. (RFC 7517 §5 would pass over broken keys too.)
+Source: RFC 7517 (JWK), RFC 7518 §6 (RSA and EC members), RFC 8037 §2 (OKP), and docs/tokens.md for what is stricter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64decode, b64encode, urlsafe_b64decode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.exceptions import PyJWTError
+
+from ext_authz.core.strict_json import loads
+
+MAX_BYTES = 256 * 1024
+MAX_KEYS = 100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Key:
+    """A key that verifies. `algorithms` are the JWS algorithms it may be used with, never empty.
+
+    `material` is what PyJWS.decode takes as its key: a public key of `cryptography`, or the bytes of a secret.
+    """
+
+    kid: str | None
+    algorithms: frozenset[str]
+    material: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How one key type and curve is read: the algorithms it can verify, its public members, and PyJWT's reader."""
+
+    algorithms: frozenset[str]
+    members: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Any]
+
+
+_RSA = _Kind(frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}), ("n", "e"), RSAAlgorithm.from_jwk)
+
+_KINDS: Mapping[tuple[str, str | None], _Kind] = {
+    ("RSA", None): _RSA,
+    ("EC", "P-256"): _Kind(frozenset({"ES256"}), ("x", "y"), ECAlgorithm.from_jwk),
+    ("EC", "P-384"): _Kind(frozenset({"ES384"}), ("x", "y"), ECAlgorithm.from_jwk),
+    ("EC", "P-521"): _Kind(frozenset({"ES512"}), ("x", "y"), ECAlgorithm.from_jwk),
+    ("OKP", "Ed25519"): _Kind(frozenset({"EdDSA"}), ("x",), OKPAlgorithm.from_jwk),
+    ("OKP", "Ed448"): _Kind(frozenset({"EdDSA"}), ("x",), OKPAlgorithm.from_jwk),
+}
+
+# RFC 7518 §6.2.2 and §6.3.2; `priv` is the private member of the AKP type.
+_PRIVATE = ("d", "p", "q", "dp", "dq", "qi", "oth", "priv")
+
+# RFC 7518 §3.2: a secret is at least as long as the hash.
+_HMAC = ((32, "HS256"), (48, "HS384"), (64, "HS512"))
+
+_RSA_BITS = range(2048, 16384 + 1)
+_RSA_EXPONENTS = range(3, 2**32, 2)
+
+
+def parse_jwks(data: bytes) -> tuple[Key, ...]:
+    """The usable signature keys of a JWK Set, in its order, at least one.
+
+    ValueError if the set is refused; the message is one line and names the key by its position and `kid`, and never
+    holds a byte of any key.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"holds over {MAX_BYTES} bytes")
+    document = loads(data)
+    entries = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("is not a JWK Set: expected an object with a list `keys`")
+    if len(entries) > MAX_KEYS:
+        raise ValueError(f"holds {len(entries)} keys, at most {MAX_KEYS} are allowed")
+    keys: list[Key] = []
+    seen: set[tuple[str, str]] = set()
+    for place, entry in enumerate(entries):
+        try:
+            key = _key(entry)
+            if key is not None and key.kid is not None:
+                if (entry["kty"], key.kid) in seen:
+                    raise ValueError("another key of this type has the same kid")
+                seen.add((entry["kty"], key.kid))
+        except ValueError as e:
+            raise ValueError(f"{_label(place, entry)}: {e}") from None
+        if key is not None:
+            keys.append(key)
+    if not keys:
+        raise ValueError(f"holds no usable signature key among {len(entries)}")
+    return tuple(keys)
+
+
+def secret_key(data: bytes) -> Key:
+    """The key that a secret file holds, less one newline at its end; HS256 from 32 bytes, HS384 from 48, HS512 from 64.
+
+    ValueError for a shorter one, and for what looks like a key of another kind: a public key taken for a secret
+    would let anyone who knows it sign.
+    """
+    secret = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
+    algorithms = frozenset(name for size, name in _HMAC if len(secret) >= size)
+    if not algorithms:
+        raise ValueError(f"the secret has {len(secret)} bytes, at least {_HMAC[0][0]} are needed")
+    try:
+        HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
+    except PyJWTError:
+        raise ValueError("is a public key, certificate or JWK, not a secret") from None
+    return Key(None, algorithms, secret)
+
+
+def key_text(key: Key) -> str:
+    """A key that has been read, as ASCII text for another process of ours. It holds what verifies, secrets too."""
+    secret = isinstance(key.material, bytes)
+    form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    material = b64encode(key.material) if secret else key.material.public_bytes(*form)
+    return json.dumps([key.kid, sorted(key.algorithms), secret, material.decode()])
+
+
+def key_of_text(text: str) -> Key:
+    """The key that `key_text` wrote; ValueError for anything else."""
+    try:
+        kid, algorithms, secret, material = json.loads(text)
+        return Key(
+            kid, frozenset(algorithms), b64decode(material) if secret else load_pem_public_key(material.encode())
+        )
+    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm):
+        raise ValueError("is not a key") from None
+
+
+def _key(entry: Any) -> Key | None:
+    """The key of one entry, or None if it is not ours to use."""
+    if not isinstance(entry, dict):
+        raise ValueError("is not an object")
+    kty, kid, alg = _text(entry, "kty"), _text(entry, "kid"), _text(entry, "alg")
+    if kty is None:
+        raise ValueError("has no kty")
+    if kty == "oct":
+        return None
+    if found := [name for name in _PRIVATE if name in entry]:
+        raise ValueError(f"holds the private member {found[0]}: publish public keys only, and replace this one")
+    kind = _KINDS.get((kty, None if kty == "RSA" else _text(entry, "crv")))
+    if kind is None or not _for_signatures(entry):
+        return None
+    algorithms = kind.algorithms if alg is None else kind.algorithms & {alg}
+    if not algorithms:
+        return None
+    octets = {name: _octets(entry, name) for name in kind.members}
+    if kind is _RSA:
+        _check_rsa(int.from_bytes(octets["n"]), int.from_bytes(octets["e"]))
+    try:
+        # Only what has been checked is handed on.
+        material = kind.read({name: entry[name] for name in ("kty", "crv", *kind.members) if name in entry})
+    except (PyJWTError, ValueError, UnsupportedAlgorithm):
+        raise ValueError(f"is not a valid {kty} public key") from None
+    return Key(kid, algorithms, material)
+
+
+def _for_signatures(entry: Mapping[str, Any]) -> bool:
+    """Whether `use` and `key_ops` let the key verify (RFC 7517 §4.2, §4.3)."""
+    if _text(entry, "use") not in (None, "sig"):
+        return False
+    if "key_ops" not in entry:
+        return True
+    operations = entry["key_ops"]
+    if not isinstance(operations, list):
+        raise ValueError("key_ops is not a list")
+    return "verify" in operations
+
+
+def _check_rsa(modulus: int, exponent: int) -> None:
+    bits = modulus.bit_length()
+    if bits not in _RSA_BITS:
+        raise ValueError(f"is an RSA key of {bits} bits, expected {_RSA_BITS[0]} to {_RSA_BITS[-1]}")
+    if exponent not in _RSA_EXPONENTS or modulus % 2 == 0:
+        raise ValueError("is an RSA key with an impossible modulus or exponent")
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str | None:
+    value = entry.get(name)
+    if value is None and name not in entry:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not a string")
+    return value
+
+
+def _octets(entry: Mapping[str, Any], name: str) -> bytes:
+    """A member's bytes; base64url without padding or other characters (RFC 7515 §2), which PyJWT would let pass."""
+    text = _text(entry, name)
+    if not text or re.fullmatch("[A-Za-z0-9_-]+", text) is None or len(text) % 4 == 1:
+        raise ValueError(f"{name} is not base64url")
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _label(place: int, entry: Any) -> str:
+    kid = entry.get("kid") if isinstance(entry, dict) else None
+    return f"keys[{place}] (kid {kid[:64]!a})" if isinstance(kid, str) else f"keys[{place}]"

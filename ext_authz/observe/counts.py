@@ -1,0 +1,107 @@
+"""What a process has counted, as a value: to be told to another process, and added up over several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ext_authz.core.check import MEMORIES, Memory, Snapshot
+from ext_authz.observe.metrics import BUCKETS, Tally
+
+_NO_LATENCY = (0,) * (len(BUCKETS) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """One memory: what is in it now, and how it was used through all epochs."""
+
+    entries: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The counts of one process, or of several."""
+
+    decisions: tuple[tuple[str, str, int], ...] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
+    condition_errors: Mapping[str, int] = field(default_factory=dict)
+    rpc_errors: int = 0
+    leases: int = 0
+    latency: tuple[int, ...] = _NO_LATENCY
+    latency_sum: float = 0.0
+    caches: Mapping[str, CacheUse] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.latency) != len(_NO_LATENCY):
+            raise ValueError("has other buckets")
+
+    @property
+    def checks(self) -> int:
+        """Decisions, errors among them."""
+        return sum(self.latency)
+
+    def tally(self) -> Tally:
+        """The counts as a server keeps them."""
+        tally = Tally(self.latency, self.latency_sum)
+        tally.decisions.update({(verdict, reason): n for verdict, reason, n in self.decisions})
+        tally.experts.update(self.experts)
+        tally.condition_errors.update(self.condition_errors)
+        tally.rpc_errors, tally.leases = self.rpc_errors, self.leases
+        return tally
+
+
+def counted(tally: Tally, memory: Memory, snapshot: Snapshot) -> Counts:
+    """The counts of this process."""
+    caches = {}
+    for name in MEMORIES:
+        uses = memory.uses[name]
+        caches[name] = CacheUse(len(getattr(snapshot, name)), uses.hits, uses.misses, uses.evictions)
+    return Counts(
+        tuple((str(verdict), str(reason), n) for (verdict, reason), n in sorted(tally.decisions.items())),
+        dict(tally.experts),
+        dict(tally.condition_errors),
+        tally.rpc_errors,
+        tally.leases,
+        tuple(tally.latency),
+        tally.latency_sum,
+        caches,
+    )
+
+
+def add_up(counts: Iterable[Counts]) -> Counts:
+    """The sum of all."""
+    decisions: Counter[tuple[str, str]] = Counter()
+    experts: Counter[str] = Counter()
+    condition_errors: Counter[str] = Counter()
+    rpc_errors = leases = 0
+    latency, latency_sum = list(_NO_LATENCY), 0.0
+    caches = dict.fromkeys(MEMORIES, CacheUse())
+    for one in counts:
+        decisions.update({(verdict, reason): n for verdict, reason, n in one.decisions})
+        experts.update(one.experts)
+        condition_errors.update(one.condition_errors)
+        rpc_errors += one.rpc_errors
+        leases += one.leases
+        latency = [a + b for a, b in zip(latency, one.latency, strict=True)]
+        latency_sum += one.latency_sum
+        for name, use in one.caches.items():
+            caches[name] = _both(caches[name], use)
+    return Counts(
+        tuple((verdict, reason, n) for (verdict, reason), n in sorted(decisions.items())),
+        experts, condition_errors, rpc_errors, leases, tuple(latency), latency_sum, caches,
+    )  # fmt: skip
+
+
+def ended(counts: Counts) -> Counts:
+    """The counts of a process that is gone, and with it all that it remembered."""
+    caches = {name: CacheUse(0, use.hits, use.misses, use.evictions) for name, use in counts.caches.items()}
+    return dataclasses.replace(counts, caches=caches)
+
+
+def _both(a: CacheUse, b: CacheUse) -> CacheUse:
+    return CacheUse(a.entries + b.entries, a.hits + b.hits, a.misses + b.misses, a.evictions + b.evictions)

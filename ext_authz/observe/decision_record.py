@@ -1,0 +1,174 @@
+"""One line of the decision log: written of a decision, read back for a replay. The format: docs/changing-policy.md.
+
+A record holds what a replay needs and no more: nothing of the token, no header, no query, no body, and of the claims
+only those that the policy lists in `log_claims`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _text
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from cachetools import LRUCache
+
+from ext_authz.core import strict_json
+from ext_authz.core.check import Snapshot, identify, may_downgrade
+from ext_authz.core.condition import Truth, compile_condition, context
+from ext_authz.core.difference import Difference
+from ext_authz.core.model import Decision, Identity, Reason, Request, Verdict
+from ext_authz.core.policy import Policy, claims_read
+
+MAX_DEPTH = 24  # nesting; a token's claims are not nested deeper, with room for what holds them
+MAX_PATH = 2048  # characters; no gate rule is longer than half of it
+CACHED_CALLERS = 4096
+_MAX_TIME = 1e11
+
+_UNVERIFIED = frozenset({Reason.TOKEN_REQUIRED, Reason.INVALID_TOKEN, Reason.KEYS_UNAVAILABLE, Reason.INTERNAL})
+_READABLE = compile_condition("size(claims) >= 0", "decision_record", 0)
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A decision as the log tells it. `time` is in seconds since the epoch.
+
+    `requested` is None if no names were read: the caller or the gate value was refused first. `claims` are those of
+    `log_claims` that the token has, `absent` those that it lacks; of any other claim nothing is known. `claims` None:
+    nothing is known of any. `path` None: it was too long to keep.
+    """
+
+    time: float
+    decision_id: str
+    policy: str
+    verdict: Verdict
+    reason: Reason
+    requested: tuple[str, ...] | None
+    serve: tuple[str, ...]
+    downgrade: bool
+    tier: str | None
+    anonymous: bool
+    claims: Mapping[str, Any] | None
+    absent: frozenset[str]
+    method: str
+    path: str | None
+
+    @classmethod
+    def read(cls, line: bytes) -> Record:
+        """The record on `line`; ValueError if it is none."""
+        try:
+            data = strict_json.loads(line, MAX_DEPTH)
+            requested = data["requested"]
+            record = cls(
+                time=data["time"],
+                decision_id=data["decision_id"],
+                policy=data["policy"],
+                verdict=Verdict(data["verdict"]),
+                reason=Reason(data["reason"]),
+                requested=None if requested is None else _names(requested),
+                serve=_names(data["serve"]),
+                downgrade=data["downgrade"],
+                tier=data["tier"],
+                anonymous=data["anonymous"],
+                claims=data["claims"],
+                absent=frozenset(_names(data["absent"])),
+                method=data["method"],
+                path=data["path"],
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("not a decision record") from None
+        if not record._whole():
+            raise ValueError("not a decision record")
+        return record
+
+    def knows(self, claim: str) -> bool:
+        """Whether it tells if the caller has `claim`, and what it says. An anonymous caller has none."""
+        return self.anonymous or (self.claims is not None and (claim in self.claims or claim in self.absent))
+
+    def _whole(self) -> bool:
+        return (
+            type(self.time) in (int, float)
+            and 0 <= self.time < _MAX_TIME
+            and type(self.decision_id) is type(self.policy) is type(self.method) is str
+            and type(self.downgrade) is type(self.anonymous) is bool
+            and (self.tier is None or type(self.tier) is str)
+            and (self.path is None or type(self.path) is str)
+            and (self.claims is None or (type(self.claims) is dict and type(self.claims.get("iss", "")) is str))
+        )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if type(value) is not list or not all(type(name) is str for name in value):
+        raise TypeError
+    return tuple(value)
+
+
+class Scribe:
+    """Decisions to lines. What it writes of a decision or of a caller is kept for the next time."""
+
+    __slots__ = ("_callers", "_decisions")
+
+    def __init__(self) -> None:
+        self._callers: LRUCache[Identity, str] = LRUCache(CACHED_CALLERS)
+        self._decisions: WeakKeyDictionary[Decision, str] = WeakKeyDictionary()
+
+    def line(
+        self,
+        snapshot: Snapshot,
+        request: Request,
+        decision: Decision,
+        decision_id: str,
+        now: float,
+        shadow: Difference | None = None,
+    ) -> bytes:
+        """The record of one decision, with its line break. `now` is the time it was made at."""
+        decided = self._decisions.get(decision)
+        if decided is None:
+            decided = self._decisions[decision] = _decided(decision)
+        caller = self._caller(snapshot, request, decision, now)
+        path = _text(request.path) if len(request.path) <= MAX_PATH else "null"
+        told = f',"shadow":"{shadow.value}"' if shadow is not None else ""
+        downgrade = "true" if may_downgrade(request) else "false"
+        text = (
+            f'{{"time":{now:.6f},"decision_id":"{decision_id}","policy":{_text(snapshot.policy.digest)},{decided},{caller},'
+            f'"downgrade":{downgrade},"method":{_text(request.method)},"path":{path}{told}}}\n'
+        )
+        return text.encode()
+
+    def _caller(self, snapshot: Snapshot, request: Request, decision: Decision, now: float) -> str:
+        # A token that was refused is never verified a second time: that would double what an attacker's token costs.
+        caller = None if decision.reason in _UNVERIFIED else identify(snapshot, request, now)
+        if not isinstance(caller, Identity):
+            anonymous = "true" if decision.reason is Reason.TOKEN_REQUIRED else "false"
+            return f'"anonymous":{anonymous},"claims":null,"absent":[]'
+        text = self._callers.get(caller)  # a caller is one snapshot's, and so is what the policy logs of it
+        if text is None:
+            text = self._callers[caller] = _described(caller, snapshot.policy)
+        return text
+
+
+def _decided(decision: Decision) -> str:
+    named = decision.requested + decision.unknown
+    return ",".join(
+        (
+            f'"verdict":"{decision.verdict.value}"',
+            f'"reason":"{decision.reason.value}"',
+            f'"requested":{_json(named) if named else "null"}',
+            f'"serve":{_json(decision.serve)}',
+            f'"tier":{_json(decision.caller_tier)}',
+        )
+    )
+
+
+def _described(caller: Identity, policy: Policy) -> str:
+    if caller.anonymous:
+        return '"anonymous":true,"claims":{},"absent":[]'
+    if _READABLE.holds(context(claims_read(policy, caller.claims))) is Truth.ERROR:
+        # No condition could read any of these claims, which a replay with a part of them would not show.
+        return '"anonymous":false,"claims":null,"absent":[]'
+    claims = {name: caller.claims[name] for name in policy.log_claims if name in caller.claims}
+    absent = [name for name in policy.log_claims if name not in caller.claims]
+    return f'"anonymous":false,"claims":{_json(claims)},"absent":{_json(absent)}'

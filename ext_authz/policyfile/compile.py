@@ -1,0 +1,366 @@
+"""Policy text to Policy: read, validate, resolve what refers to something else, compile. All mistakes at once.
+
+A file that has any mistake gives no policy at all. Source of the format: docs/policy.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ext_authz.core import jwk
+from ext_authz.core.condition import VARIABLES, Condition, compile_condition
+from ext_authz.core.condition_reads import Members, members
+from ext_authz.core.gate import REQUESTED_CLUSTER
+from ext_authz.core.policy import (
+    TOKEN_HEADERS,
+    ClearanceRule,
+    Expert,
+    GateRule,
+    Health,
+    Issuer,
+    JwksSource,
+    Outlier,
+    Policy,
+    Revoked,
+    Traffic,
+)
+from ext_authz.policyfile import schema as schema
+from ext_authz.policyfile import source as policy_source
+from ext_authz.policyfile import values as policy_values
+from ext_authz.policyfile.schema import json_schema
+from ext_authz.policyfile.source import Mistakes, PolicyError, PolicyMistake, Source, printable, quoted, suggestion
+
+__all__ = ["PolicyError", "PolicyMistake", "json_schema", "load", "parse"]
+
+DEFAULT_GATE = (GateRule("/", exact=False, header="x-expert-names"),)
+MAX_SECRET = 4096  # bytes
+
+_TRAFFIC_KEYS = frozenset(f.name for f in fields(Traffic))
+_DEFAULT_TRAFFIC = Traffic()
+
+# What stands in for a mapping that has mistakes of its own, so that the rest of the file can be checked around it.
+# Their own validators must let them pass.
+_HOLES: dict[str, Any] = {
+    "issuers": schema.Issuer.model_construct({"jwks"}, algorithms=[]),
+    "clearance": schema.ClearanceRule.model_construct(),
+    "experts": schema.Expert.model_construct(),
+    "gate": schema.GateRule.model_construct({"path"}, default=["A"]),
+}
+_NAMES = "|".join((*map(re.escape, (*policy_values.UNSENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
+# Where a condition reads a header that is never in `request.headers`: "it is absent" would hold for every request.
+_UNSENT = re.compile(
+    rf"headers(?:[\"']\s*\])?\s*(?:\[\s*[\"']({_NAMES})[\"']|\.\s*({_NAMES})\b)|[\"']({_NAMES})[\"']\s+in\s+request\b"
+)
+_STAND_INS = {"version": 1, "tiers": ["low"], "experts": {"A": _HOLES["experts"]}}
+
+
+def load(path: Path) -> Policy:
+    """The policy in the file at `path`; PolicyError if it cannot be read or has a mistake."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(policy_source.MAX_BYTES + 1)
+    except OSError as e:
+        raise PolicyError((PolicyMistake(str(path), 1, 1, "", f"cannot be read: {e.strerror}"),)) from None
+    return parse(text, str(path), path.parent)
+
+
+def parse(text: str | bytes, name: str = "policy.yaml", base: Path = Path(), *, key_files: bool = True) -> Policy:
+    """The policy that `text` says; PolicyError, with every mistake that can be told, if it says none.
+
+    `name` is the file's name in messages. Paths in the policy are relative to `base`. `key_files` False: the files
+    with keys are not looked at.
+    """
+    mistakes = Mistakes(name)
+    source = policy_source.read(text, mistakes)
+    file, broken = _validated(source, mistakes)
+    policy = _Compiler(file, broken, source, mistakes, base, key_files).policy()
+    mistakes.finish()
+    return policy
+
+
+def _validated(source: Source, mistakes: Mistakes) -> tuple[schema.File, frozenset[str]]:
+    """The file's form, with holes where it has mistakes, and the top-level keys that had to be left out."""
+    try:
+        return schema.File.model_validate(source.data), frozenset()
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+    for error in errors:
+        path = error["loc"]
+        at = source.at(path)
+        if path[-1] == "[key]" or error["type"] == "extra_forbidden":
+            path = source.places.find(path)
+            at = source.places.keys[path]
+        about = path[:-1] if error["type"] == "missing" else path
+        if about not in source.places.spoiled:
+            mistakes.add(at, path, schema.explain(error, source.found(path, error["input"])))
+    data, broken = _patched(source.data, errors)
+    try:
+        return schema.File.model_validate(data), broken
+    except ValidationError:
+        mistakes.finish()
+        raise
+
+
+def _patched(whole: dict[str, Any], errors: Sequence[ErrorDetails]) -> tuple[dict[str, Any], frozenset[str]]:
+    data: dict[str, Any] = {k: v.copy() if isinstance(v, dict | list) else v for k, v in whole.items()}
+    broken = set()
+    for error in errors:
+        section, *inner = map(str, error["loc"])
+        items = data.get(section)
+        if section not in _HOLES or not inner:
+            data.pop(section, None)
+            broken.add(section)
+        elif isinstance(items, list):
+            items[int(inner[0])] = _HOLES[section]
+        elif isinstance(items, dict):
+            if inner[-1] == "[key]":
+                items.pop(inner[0], None)
+            elif inner[0] in items:
+                items[inner[0]] = _HOLES[section]
+    if not data.get("experts"):
+        data.pop("experts", None)
+        broken.add("experts")
+    return _STAND_INS | data, frozenset(broken)
+
+
+class _Compiler:
+    """Compiles what is whole of a file, and adds to `mistakes` what refers to nothing or contradicts the rest."""
+
+    def __init__(
+        self, file: schema.File, broken: frozenset[str], source: Source, mistakes: Mistakes, base: Path, key_files: bool
+    ) -> None:
+        self._file = file
+        self._broken = broken
+        self._source = source
+        self._mistakes = mistakes
+        self._base = base.absolute()
+        self._key_files = key_files
+        self._tiers = {name: level for level, name in reversed(list(enumerate(file.tiers)))}
+
+    def policy(self) -> Policy:
+        file = self._file
+        self._once(("tiers",), file.tiers)
+        self._once(("log_claims",), file.log_claims)
+        experts = {e.name: e for e in self._experts()}
+        clearance = tuple(self._clearance())
+        return Policy(
+            tiers=tuple(file.tiers),
+            experts=MappingProxyType(experts),
+            issuers=MappingProxyType({i.issuer: i for i in self._issuers()}),
+            anonymous=None if file.anonymous == "deny" else self._tier(file.anonymous, ("anonymous",)),
+            clearance=clearance,
+            gate=tuple(self._gate()) or DEFAULT_GATE,
+            revoked=Revoked(frozenset(file.revoked.jti), frozenset(file.revoked.sub), file.revoked.issued_before),
+            leeway=file.leeway,
+            forward_token=file.forward_token,
+            log_claims=tuple(file.log_claims),
+            digest=self._source.digest,
+            clusters=MappingProxyType({e.cluster: e.name for e in experts.values()}),
+            claims_read=_claims_read([*(r.when for r in clearance), *(e.allow for e in experts.values())]),
+            reads_request=any(e.allow is not None and "request" in e.allow.reads for e in experts.values()),
+            lease=file.lease,
+        )
+
+    def _experts(self) -> Iterator[Expert]:
+        owners: dict[str, str] = {}
+        for name, entry in self._whole("experts"):
+            path = ("experts", name)
+            tier = self._tier(entry.tier, (*path, "tier"))
+            self._once((*path, "endpoints"), map(policy_values.address, entry.endpoints))
+            self._downgrades((*path, "downgrade_to"), name, entry)
+            yield Expert(
+                name=name,
+                tier=tier,
+                cluster=self._cluster((*path, "cluster"), name, entry, owners),
+                endpoints=tuple(entry.endpoints),
+                weight=entry.weight,
+                downgrade_to=tuple(entry.downgrade_to),
+                allow=self._condition(entry.allow, (*path, "allow"), VARIABLES) if entry.allow else None,
+                traffic=_traffic(entry),
+                line=self._line(path),
+                lease=entry.lease,
+                unavailable=entry.unavailable,
+            )
+
+    def _cluster(self, path: policy_source.Path, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:
+        cluster = entry.cluster or name.lower().replace("_", "-")
+        if not entry.cluster and not policy_values.is_cluster(cluster):
+            self._add(path, f"required key is missing: the name {quoted(name)} makes no cluster name")
+        elif cluster in owners:
+            self._add(path, f"cluster {quoted(cluster)} is already that of expert {quoted(owners[cluster])}")
+        elif cluster != name and cluster in self._file.experts:
+            self._add(path, f"cluster {quoted(cluster)} has the name of another expert")
+        owners.setdefault(cluster, name)
+        return cluster
+
+    def _downgrades(self, path: policy_source.Path, name: str, entry: schema.Expert) -> None:
+        self._known(path, entry.downgrade_to)
+        hole = _HOLES["experts"]
+        own = self._tiers.get(entry.tier)
+        for index, other in enumerate(entry.downgrade_to):
+            target = self._file.experts.get(other, hole)
+            if other == name:
+                self._add((*path, index), f"expert {quoted(other)} cannot stand in for itself")
+            elif target is not hole and own is not None and self._tiers.get(target.tier, own) > own:
+                needs = f"needs tier {quoted(target.tier)}, above {quoted(entry.tier)}"
+                self._add((*path, index), f"expert {quoted(other)} {needs}")
+
+    def _clearance(self) -> Iterator[ClearanceRule]:
+        for index, rule in self._whole("clearance"):
+            path = ("clearance", index)
+            tier = self._tier(rule.tier, (*path, "tier"))
+            if when := self._condition(rule.when, (*path, "when"), frozenset({"claims"})):
+                yield ClearanceRule(when, tier)
+
+    def _gate(self) -> Iterator[GateRule]:
+        earlier: list[tuple[int, GateRule]] = []
+        for index, entry in self._whole("gate"):
+            path = ("gate", index)
+            self._known((*path, "default"), entry.default)
+            rule = GateRule(
+                match=entry.path or entry.prefix,
+                exact=bool(entry.path),
+                pointer=_tokens(entry.pointer) if entry.pointer else None,
+                header=REQUESTED_CLUSTER if entry.header == policy_values.TARGET_CLUSTER else entry.header or None,
+                default=tuple(entry.default) or None,
+                line=self._line(path),
+            )
+            for place, other in earlier:
+                if other.covers(rule.match) and (rule.exact or not other.exact):
+                    self._add(path, f"never reached: gate[{place}] covers {quoted(rule.match)} before it")
+                    break
+            earlier.append((index, rule))
+            yield rule
+
+    def _issuers(self) -> Iterator[Issuer]:
+        seen: set[str] = set()
+        for index, entry in self._whole("issuers"):
+            path = ("issuers", index)
+            if entry.issuer in seen:
+                self._add((*path, "issuer"), f"issuer {quoted(entry.issuer)} is defined twice")
+            seen.add(entry.issuer)
+            self._once((*path, "audiences"), entry.audiences)
+            self._once((*path, "algorithms"), entry.algorithms)
+            algorithms = frozenset(entry.algorithms)
+            if entry.secret_file:
+                self._keys((*path, "secret_file"), entry.secret_file, algorithms)
+            elif entry.jwks.file:
+                self._keys((*path, "jwks", "file"), entry.jwks.file, algorithms)
+            yield Issuer(
+                issuer=entry.issuer,
+                audiences=frozenset(entry.audiences),
+                algorithms=algorithms,
+                jwks=self._jwks(entry.jwks) if entry.jwks else None,
+                secret_file=self._absolute(entry.secret_file),
+            )
+
+    def _jwks(self, entry: schema.Jwks) -> JwksSource:
+        return JwksSource(
+            file=self._absolute(entry.file),
+            url=entry.url or None,
+            refresh=entry.refresh,
+            ca_file=self._absolute(entry.ca_file),
+            bearer_token_file=self._absolute(entry.bearer_token_file),
+        )
+
+    def _keys(self, path: policy_source.Path, name: str, algorithms: frozenset[str]) -> None:
+        """Whether the file holds a key for each algorithm of a secret, for any of a JWKS."""
+        if not self._key_files:
+            return
+        file = self._base / name
+        try:
+            if not file.is_file():
+                raise ValueError("is not a file" if file.exists() else "no such file")
+            with file.open("rb") as stream:
+                data = stream.read(max(MAX_SECRET, jwk.MAX_BYTES) + 1)
+            if path[-1] == "secret_file":
+                if len(data) > MAX_SECRET:
+                    raise ValueError(f"holds over {MAX_SECRET} bytes")
+                if short := sorted(algorithms - jwk.secret_key(data).algorithms):
+                    raise ValueError(f"the secret is too short for {quoted(short[0])}")
+            elif not any(key.algorithms & algorithms for key in jwk.parse_jwks(data)):
+                raise ValueError(f"holds no key for {policy_source.listed(sorted(algorithms))}")
+        except OSError as e:
+            self._add(path, f"{quoted(name)}: cannot be read: {e.strerror}")
+        except ValueError as e:
+            self._add(path, f"{quoted(name)}: {e}")
+
+    def _condition(self, text: str, path: policy_source.Path, allowed: frozenset[str]) -> Condition | None:
+        where = policy_source.rendered(path)
+        try:
+            condition = compile_condition(text, where, self._line(path), allowed)
+        except ValueError as e:
+            reason = printable(str(e), 300)
+            self._add(path, f"not a condition: {reason[:1].lower()}{reason[1:]}")
+            return None
+        if "request" in condition.reads and (unsent := _UNSENT.search(text)):
+            self._add(path, f"reads header {quoted(unsent[unsent.lastindex or 0])}, which conditions never see")
+        return condition
+
+    def _tier(self, name: str, path: policy_source.Path) -> int:
+        if name not in self._tiers and "tiers" not in self._broken:
+            self._add(path, f"unknown tier {quoted(name)}{suggestion(name, self._file.tiers)}")
+        return self._tiers.get(name, 0)
+
+    def _known(self, path: policy_source.Path, names: Sequence[str]) -> None:
+        self._once(path, names)
+        for index, name in enumerate(names):
+            if name not in self._file.experts and "experts" not in self._broken:
+                hint = suggestion(name, self._file.experts)
+                self._add((*path, index), f"unknown expert {quoted(name)}{hint}")
+
+    def _once(self, path: policy_source.Path, items: Iterable[str]) -> None:
+        seen: set[str] = set()
+        for index, item in enumerate(items):
+            if item in seen:
+                self._add((*path, index), f"{quoted(item)} is listed twice")
+            seen.add(item)
+
+    def _whole(self, section: str) -> Iterator[tuple[Any, Any]]:
+        """The entries of a section that have no mistake of their own, each with its key or index."""
+        items = getattr(self._file, section)
+        entries = items.items() if isinstance(items, dict) else enumerate(items)
+        return ((key, entry) for key, entry in entries if entry is not _HOLES[section])
+
+    def _absolute(self, name: str) -> str | None:
+        return str(self._base / name) if name else None
+
+    def _add(self, path: policy_source.Path, message: str) -> None:
+        self._mistakes.add(self._source.at(path), path, message)
+
+    def _line(self, path: policy_source.Path) -> int:
+        return self._source.at(path)[0]
+
+
+def _claims_read(conditions: Iterable[Condition | None]) -> Members:
+    found: set[str] = set()
+    for condition in conditions:
+        read = frozenset() if condition is None else members(condition, "claims")
+        if read is None:
+            return None
+        found |= read
+    return frozenset(found)
+
+
+def _traffic(entry: schema.Expert) -> Traffic:
+    given = {key: getattr(entry, key) for key in entry.model_fields_set & _TRAFFIC_KEYS}
+    if not given:
+        return _DEFAULT_TRAFFIC
+    if entry.health and "health" in given:
+        given["health"] = Health(entry.health.path, entry.health.interval)
+    if entry.outlier and "outlier" in given:
+        given["outlier"] = Outlier(entry.outlier.consecutive_5xx, entry.outlier.base_ejection)
+    return Traffic(**given)
+
+
+def _tokens(pointer: str) -> tuple[str, ...]:
+    """The reference tokens of a JSON pointer (RFC 6901 §4)."""
+    return tuple(t.replace("~1", "/").replace("~0", "~") for t in pointer[1:].split("/"))

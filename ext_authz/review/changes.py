@@ -1,0 +1,199 @@
+"""What a new policy grants and takes away, as far as the two texts tell. Pure.
+
+Each change is judged by whom it lets in: what anybody may reach that they could not before makes it WIDER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
+from enum import StrEnum
+from math import inf
+
+from ext_authz.core.policy import Expert, GateRule, Issuer, Policy
+
+Reach = frozenset[str]
+
+
+class Effect(StrEnum):
+    """Who may reach more by it: somebody, nobody, nobody (and it takes no rights either), or only callers can tell."""
+
+    WIDER = "wider"
+    NARROWER = "narrower"
+    NEUTRAL = "neutral"
+    UNCLEAR = "unclear"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change; `path` is the place in the policy file, or a tier."""
+
+    effect: Effect
+    path: str
+    text: str
+
+
+def changes(old: Policy, new: Policy) -> tuple[Change, ...]:
+    """Every change from `old` to `new`, those of rights first."""
+    return (
+        *_tiers(old, new),
+        *_anonymous(old, new),
+        *_clearance(old, new),
+        *(change for name in {**old.experts, **new.experts} for change in _expert(old, new, name)),
+        *_issuers(old, new),
+        *_revoked(old, new),
+        *_gate(old, new),
+        *_rest(old, new),
+    )
+
+
+def _reach(policy: Policy, tier: int | None) -> Reach:
+    """The experts that a tier may reach, `allow` rules aside; None: no callers, no experts."""
+    return frozenset(e.name for e in policy.experts.values() if tier is not None and e.tier <= tier)
+
+
+def _effect(before: Reach, after: Reach) -> Effect:
+    if after - before:
+        return Effect.WIDER
+    return Effect.NARROWER if before - after else Effect.NEUTRAL
+
+
+def _tiers(old: Policy, new: Policy) -> Iterator[Change]:
+    if old.tiers != new.tiers:
+        yield Change(Effect.NEUTRAL, "tiers", f"{_list(old.tiers)} → {_list(new.tiers)}")
+    for level, name in enumerate(new.tiers):
+        if name not in old.tiers:
+            yield Change(Effect.NEUTRAL, f"tier {name}", f"is new and reaches {_names(_reach(new, level))}")
+            continue
+        before, after = _reach(old, old.tiers.index(name)), _reach(new, level)
+        if after - before:
+            yield Change(Effect.WIDER, f"tier {name}", f"gains {_names(after - before)}")
+        if before - after:
+            yield Change(Effect.NARROWER, f"tier {name}", f"loses {_names(before - after)}")
+
+
+def _anonymous(old: Policy, new: Policy) -> Iterator[Change]:
+    before, after = ("deny" if p.anonymous is None else p.tiers[p.anonymous] for p in (old, new))
+    if before != after:
+        effect = _effect(_reach(old, old.anonymous), _reach(new, new.anonymous))
+        yield Change(effect, "anonymous", f"{before} → {after}")
+
+
+def _clearance(old: Policy, new: Policy) -> Iterator[Change]:
+    if old.tiers[0] != new.tiers[0] and (old.issuers or new.issuers):
+        effect = _effect(_reach(old, 0), _reach(new, 0))
+        yield Change(effect, "clearance", f"whom no rule matches: {old.tiers[0]} → {new.tiers[0]}")
+    if [r.when.source for r in old.clearance] == [r.when.source for r in new.clearance]:
+        for index, (was, now) in enumerate(zip(old.clearance, new.clearance, strict=True)):
+            if old.tiers[was.tier] != new.tiers[now.tier]:
+                effect = _effect(_reach(old, was.tier), _reach(new, now.tier))
+                yield Change(effect, f"clearance[{index}].tier", f"{old.tiers[was.tier]} → {new.tiers[now.tier]}")
+        return
+    before, after = ([f"`{r.when.source}` → {p.tiers[r.tier]}" for r in p.clearance] for p in (old, new))
+    yield from _edited("clearance", before, after, Effect.UNCLEAR)
+
+
+def _expert(old: Policy, new: Policy, name: str) -> Iterator[Change]:
+    path, was, now = f"experts.{name}", old.experts.get(name), new.experts.get(name)
+    if was is None or now is None:
+        # Who may reach it is told with the tiers; here is only what nobody could ask for, or nobody can any more.
+        yield Change(Effect.NEUTRAL, path, "is new" if now else "is gone")
+        return
+    before, after = old.tiers[was.tier], new.tiers[now.tier]
+    if before != after:
+        yield Change(Effect.NEUTRAL, f"{path}.tier", f"{before} → {after}")
+    yield from _allow(f"{path}.allow", was, now)
+    if was.downgrade_to != now.downgrade_to:
+        yield Change(Effect.NEUTRAL, f"{path}.downgrade_to", f"{_list(was.downgrade_to)} → {_list(now.downgrade_to)}")
+    if was.cluster != now.cluster:
+        yield Change(Effect.NEUTRAL, f"{path}.cluster", f"{was.cluster} → {now.cluster}")
+    changed = [k for k in ("endpoints", "weight", "lease", "unavailable") if getattr(was, k) != getattr(now, k)]
+    changed += [f.name for f in fields(was.traffic) if getattr(was.traffic, f.name) != getattr(now.traffic, f.name)]
+    if changed:
+        yield Change(Effect.NEUTRAL, path, f"other {', '.join(changed)}")
+
+
+def _allow(path: str, was: Expert, now: Expert) -> Iterator[Change]:
+    before, after = (e.allow.source if e.allow else None for e in (was, now))
+    if before != after:
+        effect = Effect.WIDER if after is None else Effect.NARROWER if before is None else Effect.UNCLEAR
+        yield Change(effect, path, " → ".join("none" if text is None else f"`{text}`" for text in (before, after)))
+
+
+def _issuers(old: Policy, new: Policy) -> Iterator[Change]:
+    for name in {**old.issuers, **new.issuers}:
+        path, was, now = f"issuers {name}", old.issuers.get(name), new.issuers.get(name)
+        if was is None:
+            yield Change(Effect.WIDER, path, "is trusted")
+        elif now is None:
+            yield Change(Effect.NARROWER, path, "is not trusted any more")
+        elif was != now:
+            yield from _issuer(path, was, now)
+
+
+def _issuer(path: str, was: Issuer, now: Issuer) -> Iterator[Change]:
+    for what, before, after in (
+        ("audiences", was.audiences, now.audiences),
+        ("algorithms", was.algorithms, now.algorithms),
+    ):
+        if before != after:
+            text = f"{_list(sorted(before))} → {_list(sorted(after))}"
+            yield Change(_effect(before, after), f"{path} {what}", text)
+    if (was.jwks, was.secret_file) != (now.jwks, now.secret_file):
+        yield Change(Effect.UNCLEAR, path, "keys come from elsewhere, or otherwise")
+
+
+def _revoked(old: Policy, new: Policy) -> Iterator[Change]:
+    was, now = old.revoked, new.revoked
+    for what, before, after in (("jti", was.jti, now.jti), ("sub", was.sub, now.sub)):
+        if before != after:
+            text = f"{len(after - before)} more, {len(before - after)} no longer"
+            yield Change(_effect(after, before), f"revoked.{what}", text)
+    if was.issued_before != now.issued_before:
+        later = (now.issued_before or -inf) > (was.issued_before or -inf)
+        text = f"{was.issued_before or 'none'} → {now.issued_before or 'none'}"
+        yield Change(Effect.NARROWER if later else Effect.WIDER, "revoked.issued_before", text)
+
+
+def _gate(old: Policy, new: Policy) -> Iterator[Change]:
+    yield from _edited("gate", _gate_texts(old), _gate_texts(new), Effect.NEUTRAL)
+
+
+def _gate_texts(policy: Policy) -> list[str]:
+    return [_gate_text(rule) for rule in policy.gate]
+
+
+def _gate_text(rule: GateRule) -> str:
+    where = f"json /{'/'.join(rule.pointer)}" if rule.pointer is not None else f"header {rule.header}"
+    source = "the default only" if rule.pointer is None and rule.header is None else where
+    default = f", default {_list(rule.default)}" if rule.default else ""
+    return f"{'path' if rule.exact else 'prefix'} {rule.match}: {source}{default}"
+
+
+def _rest(old: Policy, new: Policy) -> Iterator[Change]:
+    if old.leeway != new.leeway:
+        effect = Effect.WIDER if new.leeway > old.leeway else Effect.NARROWER
+        yield Change(effect, "leeway", f"{old.leeway:g}s → {new.leeway:g}s")
+    if old.forward_token != new.forward_token:
+        yield Change(Effect.NEUTRAL, "forward_token", f"{old.forward_token} → {new.forward_token}".lower())
+    if old.log_claims != new.log_claims:
+        yield Change(Effect.NEUTRAL, "log_claims", f"{_list(old.log_claims)} → {_list(new.log_claims)}")
+    if old.lease != new.lease:
+        yield Change(Effect.NEUTRAL, "lease", f"{old.lease:g}s → {new.lease:g}s")
+
+
+def _edited(path: str, old: Sequence[str], new: Sequence[str], effect: Effect) -> Iterator[Change]:
+    """The rules taken out and put in, with their numbers."""
+    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind != "equal":
+            yield from (Change(effect, f"{path}[{i}]", f"out: {old[i]}") for i in range(a, b))
+            yield from (Change(effect, f"{path}[{i}]", f"in: {new[i]}") for i in range(c, d))
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _list(names: Iterable[str]) -> str:
+    return f"[{', '.join(names)}]"

@@ -1,0 +1,200 @@
+"""`srp diff`: what a new policy would change, by its text and by the decisions that were really made."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ext_authz.core.difference import Difference
+from ext_authz.core.model import Decision
+from ext_authz.core.policy import Policy
+from ext_authz.observe.decision_record import Record
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.source import MAX_BYTES, printable
+from ext_authz.review.changes import Change, Effect, changes
+from ext_authz.review.reads import Cause, Unknown
+from ext_authz.review.replay import Outcome, Replay
+
+MAX_LINE = 1024 * 1024  # bytes of a record
+EXAMPLES = 3  # records shown of each kind
+STEP = 1000  # records between two calls of `progress`
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What came of the records of a log. `corrupt` holds the places of lines that are no records, `FILE:LINE`."""
+
+    records: int = 0
+    seconds: float = 0.0
+    differences: Counter[Difference] = field(default_factory=Counter)
+    widening: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    unknown: Counter[tuple[Cause, str]] = field(default_factory=Counter)
+    corrupt: int = 0
+    corrupt_at: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that a caller was told after the gate is left to guess."""
+        return not self.corrupt and all(cause is Cause.EARLY for cause, _ in self.unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyDiff:
+    """The changes from the policy `old` to `new` (digests), and what they would have done to a log's decisions."""
+
+    old: str
+    new: str
+    changes: tuple[Change, ...]
+    replayed: Replayed | None = None
+
+    def widens(self) -> list[str]:
+        """Why this counts as widening, a line each; empty if it does not.
+
+        What only callers can tell counts, too, unless a log told it: every record that got past the gate replayed.
+        """
+        told = self.replayed is not None and self.replayed.complete and bool(self.replayed.differences)
+        reasons = [
+            f"{c.path}: {c.text}"
+            for c in self.changes
+            if c.effect is Effect.WIDER or (c.effect is Effect.UNCLEAR and not told)
+        ]
+        if self.replayed is not None and self.replayed.widening:
+            reasons.append(f"{self.replayed.widening:,} logged decisions widen")
+        return reasons
+
+    def text(self) -> str:
+        """For people."""
+        rows = [f"policy {self.old} → {self.new}"]
+        rows += [
+            f"  {c.effect.value:<9} {c.path}: {printable(c.text, 400)}" for c in sorted(self.changes, key=_by_effect)
+        ]
+        if not self.changes:
+            rows.append("  no change but of comments or form" if self.old != self.new else "  the same file")
+        return "\n".join([*rows, *(_told(self.replayed) if self.replayed else ())])
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        replayed = self.replayed
+        told: dict[str, Any] = {"old": self.old, "new": self.new, "changes": [asdict(c) for c in self.changes]}
+        if replayed is not None:
+            told["decisions"] = {
+                "records": replayed.records,
+                "seconds": round(replayed.seconds, 3),
+                "differences": {d.value: replayed.differences[d] for d in Difference},
+                "widening": replayed.widening,
+                "examples": replayed.examples,
+                "not_replayable": [
+                    {"cause": cause.value, "detail": detail, "records": n}
+                    for (cause, detail), n in replayed.unknown.most_common()
+                ],
+                "corrupt": {"lines": replayed.corrupt, "first": replayed.corrupt_at},
+            }
+        told["widens"] = self.widens()
+        return told
+
+
+def _by_effect(change: Change) -> int:
+    return [Effect.WIDER, Effect.UNCLEAR, Effect.NARROWER, Effect.NEUTRAL].index(change.effect)
+
+
+def load(old: Path, new: Path) -> tuple[Policy, Policy]:
+    """Both policies, as two versions of one file: what they name by a relative path is looked for beside `new`.
+
+    PolicyError if either cannot be used.
+    """
+    with old.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    return policy_file.parse(text, str(old), new.parent), policy_file.load(new)
+
+
+def compare(
+    old: Policy, new: Policy, logs: Sequence[Path] = (), progress: Progress = lambda done, of: None
+) -> PolicyDiff:
+    """What changes from `old` to `new`; OSError if a log cannot be read, ValueError if one is no log of decisions."""
+    replayed = _replay(Replay(old, new), logs, progress) if logs else None
+    return PolicyDiff(old.digest, new.digest, changes(old, new), replayed)
+
+
+def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Replayed:
+    found = Replayed()
+    began = time.perf_counter()
+    done, total = 0, sum(log.stat().st_size for log in logs)
+    for log in logs:
+        before = found.records - found.corrupt
+        number = 0
+        for number, line in _lines(log):
+            done += len(line)
+            found.records += 1
+            if found.records % STEP == 0:
+                progress(done, total)
+            try:
+                record = Record.read(line)
+            except ValueError:
+                found.corrupt += 1
+                if len(found.corrupt_at) < EXAMPLES:
+                    found.corrupt_at.append(f"{log}:{number}")
+                continue
+            _count(found, record, replay(record))
+        if number and found.records - found.corrupt == before:
+            raise ValueError(f"{log} is no log of decisions: not one of its lines is a record")
+    progress(total, total)
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def _lines(log: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines and their numbers; of one that is too long, only a part, which is no record."""
+    with log.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE):
+            number += 1
+            yield number, line
+            while len(line) == MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE)
+
+
+def _count(found: Replayed, record: Record, outcome: Outcome | Unknown) -> None:
+    if isinstance(outcome, Unknown):
+        found.unknown[outcome.cause, outcome.detail] += 1
+        return
+    found.differences[outcome.difference] += 1
+    found.widening += outcome.widening
+    if outcome.difference is not Difference.UNCHANGED:
+        examples = found.examples.setdefault(outcome.difference.value, [])
+        if len(examples) < EXAMPLES:
+            examples.append(_example(record, outcome))
+
+
+def _example(record: Record, outcome: Outcome) -> str:
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.time))
+    asked = "nobody" if record.requested is None else printable(", ".join(record.requested), 80)
+    wider = " (widening)" if outcome.widening else ""
+    return f"{when} {printable(record.decision_id)} asks {asked}: {_shown(outcome.old)} → {_shown(outcome.new)}{wider}"
+
+
+def _shown(decision: Decision) -> str:
+    tier = f"{decision.caller_tier}: " if decision.caller_tier else ""
+    return tier + (", ".join(decision.serve) if decision.serve else f"{decision.status} {decision.reason.value}")
+
+
+def _told(replayed: Replayed) -> Iterator[str]:
+    yield f"decisions {replayed.records:,} read in {replayed.seconds:.1f} s"
+    for kind in Difference:
+        if n := replayed.differences[kind]:
+            yield f"  {n:>9,} {kind}"
+            yield from (f"            {example}" for example in replayed.examples.get(kind.value, ()))
+    yield f"  {replayed.widening:>9,} of them widening"
+    unknown = sum(replayed.unknown.values())
+    if unknown:
+        yield f"not replayed {unknown:,}"
+        for (cause, detail), n in replayed.unknown.most_common():
+            yield f"  {n:>9,} {cause.value}{f': {printable(detail, 200)}' if detail else ''}"
+    if replayed.corrupt:
+        yield f"corrupt {replayed.corrupt:,} lines, the first at {', '.join(replayed.corrupt_at)}"

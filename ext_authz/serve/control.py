@@ -1,0 +1,290 @@
+"""The control path: policy file → Policy → keys → Envoy's clusters → Envoy's ACK → decisions.
+
+Make before break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or whose clusters
+Envoy refuses, changes nothing.
+
+Processes that decide beside this one (`Followers`) are sent each epoch, and a policy counts as in force only when none
+of them decides by an older one.
+
+Leases break before make: each epoch has a lease filter of its own, which reaches Envoy with the clusters. From the
+moment it is sent the old epoch grants nothing, and the new one grants only while every Envoy has its filter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from ext_authz.core.check import Memory
+from ext_authz.core.policy import Policy
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile import warnings as policy_warnings
+from ext_authz.policyfile.compile import PolicyError
+from ext_authz.serve.server import Epoch
+from ext_authz.sources.keys import KeyStore
+from ext_authz.sources.watched import WatchedFile
+from ext_authz.wire import lease_filter as leases
+from ext_authz.wire.ads import Ads, Kind, Outcome, Resources
+from ext_authz.wire.clusters import cluster_resources
+
+ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
+GATHER = 0.05  # seconds in which changes of keys become one push
+WORKERS = 0.02  # seconds in which Envoy's worker threads follow the main thread, which is the one that answers
+CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
+
+log = logging.getLogger("srp.reload")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyStatus:
+    """What `/status` tells of the policy. `since` is in seconds since the epoch.
+
+    `error` is why the newest file is not in force, None when it is.
+    """
+
+    digest: str
+    since: float
+    reloads: int
+    failures: int
+    error: str | None
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leasing:
+    """The lease filter's text and the size of its table, on each of Envoy's worker threads."""
+
+    script: str
+    entries: int = leases.ENTRIES
+
+
+class Followers(Protocol):
+    """Other processes that decide by the epochs installed here."""
+
+    async def prepare(self, digest: str, text: bytes, path: Path) -> None:
+        """Have them compile a policy that may come into force."""
+
+    async def settled(self) -> None:
+        """Return when each of them decides by the newest epoch, or has ended."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sent:
+    """What Envoy was last sent: clusters for one policy, and the lease filter `lease` of `version` for another."""
+
+    clusters: Policy
+    policy: Policy
+    lease: str
+    version: str
+
+
+class Control:
+    """Keeps one policy in force. `install` is called with each new epoch, and hands it to the `followers`, too.
+
+    `leasing` None: no leases.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keys: KeyStore,
+        ads: Ads,
+        install: Callable[[Epoch], None],
+        leasing: Leasing | None = None,
+        memory: Memory | None = None,
+        followers: Followers | None = None,
+    ) -> None:
+        self._file = WatchedFile(path)
+        self._keys = keys
+        self._ads = ads
+        self._install = install
+        self._leasing = leasing
+        self._memory = memory or Memory()
+        self._followers = followers
+        self._policy: Policy | None = None
+        self._epoch = 0
+        self._active: Epoch | None = None
+        self._sent: _Sent | None = None
+        self._digest = ""
+        self._since = 0.0
+        self._reloads = self._failures = 0
+        self._error: str | None = None
+        self._warnings: tuple[str, ...] = ()
+        self._lock = asyncio.Lock()
+        self._drain: asyncio.Task[None] | None = None
+        self._pushing: asyncio.Task[None] | None = None
+        keys.on_change = self._keys_changed
+        ads.on_change = self._agree
+
+    @property
+    def status(self) -> PolicyStatus:
+        return PolicyStatus(self._digest, self._since, self._reloads, self._failures, self._error, self._warnings)
+
+    @property
+    def lease(self) -> str | None:
+        """The epoch that leases are granted in; None while none are."""
+        return self._active.lease if self._active is not None and self._active.grants else None
+
+    async def start(self) -> None:
+        """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
+        async with self._lock:
+            text = await self._file.read() or b""
+            await self._adopt(await self._parse(text), text)
+
+    async def watch(self) -> None:
+        """Follow the file until cancelled."""
+        async for _ in self._file.changes():
+            await self.reload()
+
+    async def reload(self) -> bool:
+        """Read the file again; put it in force if it changed and is good. Whether it did."""
+        async with self._lock:
+            try:
+                text = await self._file.read()
+                if text is None:
+                    return False
+                policy = await self._parse(text)
+            except (PolicyError, OSError) as e:
+                self._refuse(str(e))
+                return False
+            return await self._adopt(policy, text)
+
+    async def close(self) -> None:
+        """End what is still to come."""
+        for task in (self._drain, self._pushing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _parse(self, text: bytes) -> Policy:
+        path = self._file.path
+        return await asyncio.to_thread(policy_file.parse, text, str(path), path.parent)
+
+    async def _adopt(self, policy: Policy, text: bytes) -> bool:
+        old = self._policy
+        if self._followers is not None:
+            await self._followers.prepare(policy.digest, text, self._file.path)
+        # Until the swap both policies' issuers are followed: the old one still answers.
+        await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
+        if self._drain is not None:
+            self._drain.cancel()
+        lease = _new_lease()
+        outcome = await self._publish(_both(old, policy), policy, lease)
+        if outcome.kind is Kind.NACKED:
+            if old is not None:
+                await self._keys.follow(old.issuers.values())
+                await self._publish(old, old, self._active.lease if self._active else _new_lease())
+            self._refuse(f"envoy refused the policy's clusters: {outcome.message}")
+            return False
+        self._policy = policy
+        self._renew(lease)
+        if self._followers is not None:
+            await self._followers.settled()
+        self._digest, self._error, self._since = policy.digest, None, time.time()
+        self._reloads += old is not None
+        self._warnings = tuple(policy_warnings.warnings(policy))
+        if old is not None:
+            self._warnings += tuple(policy_warnings.dropped(old, policy))
+            if set(old.experts) - set(policy.experts):
+                self._drain = asyncio.create_task(self._drop_clusters(policy))
+        await self._keys.follow(policy.issuers.values())
+        log.info("policy %s is in force (%s)", policy.digest, outcome.message or outcome.kind.value)
+        for warning in self._warnings:
+            log.warning("policy %s: %s", policy.digest, warning)
+        return True
+
+    async def _drop_clusters(self, policy: Policy) -> None:
+        await asyncio.sleep(CLUSTER_DRAIN)
+        async with self._lock:
+            # A new filter, too, would be one more epoch: what Envoy has of it stays.
+            outcome = await self._publish(policy, policy, self._sent.lease if self._sent else _new_lease())
+        if outcome.kind is Kind.NACKED:
+            self._error = f"envoy refused to drop clusters: {outcome.message}"
+            log.error("%s", self._error)
+
+    async def _publish(self, clusters: Policy, policy: Policy, lease: str) -> Outcome:
+        """Send Envoy the clusters of one policy and the lease filter of another, and wait for its answer."""
+        script, entries = (self._leasing.script, self._leasing.entries) if self._leasing else (None, 0)
+        lease_filter = leases.filter_resource(script, policy, lease, entries)
+        resources = Resources.of({**cluster_resources(clusters).types, leases.TYPE_EXTENSION: (lease_filter,)})
+        self._sent = _Sent(clusters, policy, lease, resources.versions[leases.TYPE_EXTENSION])
+        held = self._ads.agreed(leases.TYPE_EXTENSION)
+        self._agree()
+        outcome = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+        if outcome.kind is Kind.ACKED and held != self._sent.version:
+            await asyncio.sleep(WORKERS)
+        return outcome
+
+    def _renew(self, lease: str) -> None:
+        """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""
+        if self._policy is not None:
+            self._epoch += 1
+            self._active = Epoch.of(self._memory.snapshot(self._policy, self._keys.keys, self._epoch), lease)
+            self._install(self._active)
+            self._agree()
+
+    def _keys_changed(self) -> None:
+        self._renew(_new_lease())
+        if self._pushing is None or self._pushing.done():
+            self._pushing = asyncio.create_task(self._push())
+
+    async def _push(self) -> None:
+        """Send Envoy the lease filter of the newest epoch, until it has it."""
+        while self._behind():
+            await asyncio.sleep(GATHER)
+            async with self._lock:
+                if self._behind() and self._active is not None and self._sent is not None:
+                    outcome = await self._publish(self._sent.clusters, self._active.snapshot.policy, self._active.lease)
+                    if outcome.kind is Kind.NACKED:
+                        log.error("envoy refused the lease filter, so there are no leases: %s", outcome.message)
+
+    def _behind(self) -> bool:
+        return self._active is not None and self._sent is not None and self._active.lease != self._sent.lease
+
+    def _agree(self) -> None:
+        """Have leases granted exactly while every Envoy with a lease filter has that of the epoch in force."""
+        active, sent = self._active, self._sent
+        if active is None or sent is None:
+            return
+        grants = (
+            self._leasing is not None
+            and leases.possible(active.snapshot.policy)
+            and active.lease == sent.lease
+            and self._ads.agreed(leases.TYPE_EXTENSION) == sent.version
+        )
+        if grants != active.grants:
+            self._active = dataclasses.replace(active, grants=grants)
+            self._install(self._active)
+
+    def _refuse(self, error: str) -> None:
+        self._failures += 1
+        if error != self._error:
+            kept = f"policy {self._policy.digest} stays in force" if self._policy else "there is no policy"
+            log.error("%s; %s", error, kept)
+        self._error = error
+
+
+def _new_lease() -> str:
+    """Unlike any before, in this process or another: Envoy keeps what it holds if it is sent the same text again."""
+    return secrets.token_hex(8)
+
+
+def _both(old: Policy | None, new: Policy) -> Policy:
+    """The new policy with the old one's experts still in it, as long as a decision under way may name them.
+
+    An expert whose cluster the new policy gives to another is left out: a cluster has one owner.
+    """
+    if old is None:
+        return new
+    taken = {e.cluster for e in new.experts.values()}
+    kept = {n: e for n, e in old.experts.items() if n not in new.experts and e.cluster not in taken}
+    if not kept:
+        return new
+    return dataclasses.replace(new, experts=MappingProxyType({**new.experts, **kept}))

@@ -1,0 +1,133 @@
+"""Where an issuer's keys are read from: a URL over aiohttp, or a file. Bounded in size and time, and never trusting.
+
+No redirect, no cookie, no proxy, no compression; https, or http to this host's loopback only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import stat
+from ipaddress import ip_address
+from pathlib import Path
+
+import aiohttp
+from yarl import URL
+
+from ext_authz.core.jwk import MAX_BYTES
+from ext_authz.core.policy import JwksSource
+
+
+class SourceError(Exception):
+    """A source gave no keys. Its text goes to logs and `/status`: never a byte of what was read."""
+
+
+def jwks_url(text: str) -> URL:
+    """The URL that keys may be fetched from: https, or http to this host's loopback. ValueError says what is wrong."""
+    try:
+        url = URL(text)
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.host)):
+        raise ValueError("expected https (http only to loopback)")
+    if url.host is None or url.user is not None or url.password is not None or url.fragment:
+        raise ValueError("expected a host, and neither user, password nor fragment")
+    return url
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def shown(url: str) -> str:
+    """The URL for people: without user or query, which may hold a secret."""
+    try:
+        return str(URL(url).with_user(None).with_query(None).with_fragment(None))
+    except ValueError:
+        return "the JWKS URL"
+
+
+def session_for(timeout: float) -> aiohttp.ClientSession:
+    """No cookies, no proxy from the environment, a new connection (and name look-up) each time."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
+        timeout=aiohttp.ClientTimeout(total=timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+    )
+
+
+async def body_of(response: aiohttp.ClientResponse, most: int) -> bytes | None:
+    """The body, None if it is of over `most` bytes: no more of it is read then."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(16 * 1024):
+        body += chunk
+        if len(body) > most:
+            return None
+    return bytes(body)
+
+
+async def fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -> bytes:
+    """The body at the URL: status 200, at most MAX_BYTES, no redirect, no compression to blow up."""
+    try:
+        url = jwks_url(text)
+    except ValueError as e:
+        raise SourceError(str(e)) from None
+    headers = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
+    if source.bearer_token_file is not None:
+        headers["Authorization"] = f"Bearer {await asyncio.to_thread(_bearer_token, source.bearer_token_file)}"
+    trust = True if source.ca_file is None else await asyncio.to_thread(_trust, source.ca_file)
+    try:
+        async with session.get(url, headers=headers, ssl=trust, allow_redirects=False) as response:
+            if response.status != 200:
+                raise SourceError(f"expected status 200, found {response.status}")
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise SourceError("sent a compressed body though none was asked for")
+            body = await body_of(response, MAX_BYTES)
+            if body is None:
+                raise SourceError(f"holds over {MAX_BYTES} bytes")
+            return body
+    except TimeoutError:
+        raise SourceError("no complete answer in time") from None
+    except aiohttp.ClientConnectorError as e:
+        raise SourceError(f"cannot connect: {e.os_error}") from None
+    except aiohttp.ClientError as e:
+        raise SourceError(f"the exchange failed: {type(e).__name__}") from None
+
+
+def _trust(ca_file: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as e:
+        raise SourceError(f"cannot read CA certificates from {ca_file}: {e.strerror or e}") from None
+
+
+def _bearer_token(file: str) -> str:
+    try:
+        token = read_file(file).decode("ascii").strip()
+    except (SourceError, UnicodeDecodeError):
+        token = ""
+    if not token or not all("!" <= c <= "~" for c in token):
+        raise SourceError(f"found no bearer token in {file}")
+    return token
+
+
+def read_file(path: str) -> bytes:
+    file = Path(path)
+    try:
+        # A FIFO would hold its thread for ever.
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise SourceError("is not a regular file")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise SourceError(e.strerror or type(e).__name__) from None
+    if len(data) > MAX_BYTES:
+        raise SourceError(f"holds over {MAX_BYTES} bytes")
+    return data

@@ -1,0 +1,281 @@
+"""Bytes to Request, Decision to bytes: the only room that knows Envoy's messages.
+
+Source: envoy.service.auth.v3 (`CheckRequest`, `CheckResponse`) and the header table in README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import count, islice
+from typing import Any
+from urllib.parse import quote
+
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValueOptionHeaderAppendAction
+from envoy_data_plane.envoy.service.auth.v3 import AttributeContextHttpRequest, CheckRequest, CheckResponse
+from google.protobuf.message import DecodeError
+
+from ext_authz.core.check import Heading
+from ext_authz.core.gate import MAX_NAMES, REQUESTED_CLUSTER
+from ext_authz.core.model import Decision, Reason, Request, Verdict
+from ext_authz.core.policy import TOKEN_HEADERS, Expert, Policy
+from ext_authz.wire.twin import twins
+
+# The headers stay bytes until somebody reads them.
+_OPAQUE = frozenset({(AttributeContextHttpRequest, "header_map")})
+_TWINS = twins(CheckRequest, CheckResponse, HeaderMap, opaque=_OPAQUE)
+_CheckRequest: Any = _TWINS[CheckRequest]
+_CheckResponse: Any = _TWINS[CheckResponse]
+_HeaderMap: Any = _TWINS[HeaderMap]
+_parse = _CheckRequest.FromString
+
+_UNAUTHENTICATED, _PERMISSION_DENIED, _UNAVAILABLE = 16, 7, 14  # google.rpc.Code
+_OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+_IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
+_VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
+_UNPRINTABLE = re.compile(r"[^ -~]")
+_PREPARED = 1024  # decisions whose answers are kept
+_SUBJECTS = 16_384  # to remember what is written of them
+_SHORT = 128  # characters of such a one
+MAX_RETRIES = 10
+_NONE: frozenset[str] = frozenset()
+_RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
+
+
+class Raw:
+    """An HTTP request with its headers as Envoy sent them. `heading` stands for the path and the headers."""
+
+    __slots__ = ("_http", "heading")
+
+    def __init__(self, http: Any, heading: Heading) -> None:
+        self._http = http
+        self.heading = heading
+
+    @property
+    def body(self) -> bytes:
+        sent: bytes = self._http.raw_body or self._http.body.encode()
+        return sent
+
+    def request(self, wanted: frozenset[str] | None = None) -> Request:
+        """The request with its `wanted` headers, or all of them. ValueError if they cannot be read."""
+        try:
+            sent = _HeaderMap.FromString(self._http.header_map).headers
+        except DecodeError:
+            raise ValueError("not a CheckRequest") from None
+        headers: dict[str, str] = {}
+        repeated: list[str] = []
+        for header in sent:
+            name = header.key
+            if wanted is None or name in wanted:
+                if name in headers:
+                    repeated.append(name)
+                else:
+                    headers[name] = header.raw_value.decode("latin-1")
+        return Request(
+            self._http.method, self.heading[0], headers, self.body, frozenset(repeated) if repeated else _NONE
+        )
+
+
+def parse(data: bytes) -> Raw:
+    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
+
+    Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
+    """
+    try:
+        http = _parse(data).attributes.request.http
+    except DecodeError:
+        raise ValueError("not a CheckRequest") from None
+    head = http.header_map
+    if not head and http.headers:
+        raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
+    return Raw(http, (http.path.partition("?")[0], blake2b(head, digest_size=32).digest()))
+
+
+def read(data: bytes) -> Request:
+    """The whole request inside a serialised CheckRequest. ValueError if it is none."""
+    return parse(data).request()
+
+
+class Writer:
+    """Decisions of one policy to response bytes. What it has made of the latest decisions is kept."""
+
+    __slots__ = ("_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel")
+
+    def __init__(self, policy: Policy, lease: str = "") -> None:
+        """`lease` is the epoch that leases are granted in."""
+        self._policy = policy
+        self._lease = lease
+        # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
+        self._sentinel = secrets.token_hex(8)
+        self._ids = count(secrets.randbits(64))
+        self._ready: list[str] = []
+        self._prepared: dict[Decision, list[bytes]] = {}
+
+    def new_id(self) -> str:
+        """An id for one decision."""
+        if not self._ready:
+            # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
+            numbers = (n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF for n in islice(self._ids, 256))
+            self._ready = [f"{n:016x}" for n in numbers]
+        return self._ready.pop()
+
+    def write(self, decision: Decision, decision_id: str | None = None, subject: str = "") -> bytes:
+        """A serialised CheckResponse with `decision_id`, or an id of its own, for a caller of that `subject`."""
+        parts = self._prepared.get(decision) or self._prepare(decision)
+        answer = (decision_id or self.new_id()).encode().join(parts)
+        if not decision.serve:
+            return answer
+        return answer + (_whose(subject) if len(subject) <= _SHORT else _whose.__wrapped__(subject))
+
+    def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "") -> bytes:
+        """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
+        response = _CheckResponse.FromString(self.write(decision, decision_id, subject))
+        lease = response.dynamic_metadata.fields["lease"].struct_value.fields
+        lease["epoch"].string_value = self._lease
+        lease["expires"].string_value = str(int(until * 1000))
+        headers = lease["headers"].struct_value.fields
+        for option in response.ok_response.headers:
+            headers[option.header.key].string_value = option.header.value
+        return bytes(response.SerializeToString())
+
+    def _prepare(self, decision: Decision) -> list[bytes]:
+        """The answer in the parts between which the id belongs."""
+        build = _ok if decision.serve else _denied
+        response = build(self._policy, decision, self._sentinel)
+        parts: list[bytes] = response.SerializeToString().split(self._sentinel.encode())
+        if len(self._prepared) >= _PREPARED:
+            self._prepared.clear()  # most requests have one of a few decisions: those are soon there again
+        self._prepared[decision] = parts
+        return parts
+
+
+@lru_cache(_SUBJECTS)
+def _whose(subject: str) -> bytes:
+    """What follows a serialised answer, to become part of it: that is how protobuf merges (its page "Encoding").
+
+    Without a subject a client's is removed: Envoy has done so already, this is the second lock.
+    """
+    response = _CheckResponse()
+    if subject:
+        _set(response.ok_response.headers, {"x-srp-subject": quote(subject, safe=_VISIBLE)})
+    else:
+        response.ok_response.headers_to_remove.append("x-srp-subject")
+    return bytes(response.SerializeToString())
+
+
+def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
+    """All but what is the caller's own."""
+    response = _CheckResponse()
+    ok = response.ok_response
+    experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
+    targets = [f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts]
+    for i in range(len(decision.serve), len(targets)):
+        targets[i] += ";s"  # standby
+    upstream = {
+        "x-target-cluster": ",".join(targets),
+        "x-srp-tier": decision.caller_tier or "",
+        "x-srp-decision-id": decision_id,
+        **_traffic(experts),
+    }
+    _set(ok.headers, {name: value for name, value in upstream.items() if value})
+    removed = [REQUESTED_CLUSTER, "x-srp-downgrade", *(() if policy.forward_token else TOKEN_HEADERS)]
+    ok.headers_to_remove.extend(removed)
+    _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
+    if decision.standby:
+        for option in ok.response_headers_to_add:
+            if option.header.key in ("x-srp-decision", "x-srp-reason"):
+                option.append_action = _IF_ABSENT  # the route script has set them if a standby answered
+    _metadata(response, policy, decision, decision_id)
+    return response
+
+
+def _denied(policy: Policy, decision: Decision, decision_id: str) -> Any:
+    response = _CheckResponse()
+    denied = response.denied_response
+    status = decision.status
+    response.status.code = {401: _UNAUTHENTICATED, 503: _UNAVAILABLE}.get(status, _PERMISSION_DENIED)
+    denied.status.code = status
+    headers = {"content-type": "application/json", "cache-control": "no-store", **_told(policy, decision, decision_id)}
+    if decision.reason is Reason.TOKEN_REQUIRED:
+        headers["www-authenticate"] = "Bearer"
+    elif status == 401:
+        described = decision.detail.translate({ord('"'): "'", ord("\\"): "/"})
+        headers["www-authenticate"] = f'Bearer error="invalid_token", error_description="{described}"'
+    elif status == 503:
+        headers["retry-after"] = "1"
+    _set(denied.headers, headers)
+    error = {
+        "code": decision.reason.value,
+        "message": decision.detail,
+        "requested": [*decision.requested, *decision.unknown],
+        "required_tier": decision.required_tier,
+        "caller_tier": decision.caller_tier,
+        "decision_id": decision_id,
+    }
+    denied.body = json.dumps({"error": error}) + "\n"
+    _metadata(response, policy, decision, decision_id)
+    return response
+
+
+def _told(policy: Policy, decision: Decision, decision_id: str) -> dict[str, str]:
+    """What the client is told, allowed or not (empty values are left out)."""
+    told = {
+        "x-srp-decision": decision.verdict.value,
+        "x-srp-reason": decision.reason.value,
+        "x-srp-requested": ",".join(decision.requested),
+        "x-srp-unknown": ",".join(decision.unknown),
+        "x-srp-decision-id": decision_id,
+        "x-srp-policy": policy.digest,
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _traffic(experts: list[Expert]) -> dict[str, str]:
+    """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout.
+
+    A retry that repeats nothing (the connection failed) may go down the whole ladder; each rung can fail twice.
+    """
+    timeouts = [e.traffic.timeout for e in experts]
+    timeout = 0.0 if 0 in timeouts else max(timeouts)
+    retry_5xx = all(e.traffic.retry_on == "5xx" for e in experts)
+    retries = max(e.traffic.retries for e in experts)
+    if retries and len(experts) > 1 and not retry_5xx:
+        retries = min(retries + 2 * len(experts), MAX_RETRIES)
+    return {
+        "x-envoy-upstream-rq-timeout-ms": str(round(timeout * 1000)),
+        "x-envoy-max-retries": str(retries),
+        "x-envoy-retry-on": f"{_RETRY_SAFE},5xx" if retry_5xx else "",
+    }
+
+
+def _metadata(response: Any, policy: Policy, decision: Decision, decision_id: str) -> None:
+    """Dynamic metadata for Envoy's access log: no subject, no claim, no token."""
+    fields = response.dynamic_metadata.fields
+    texts = {
+        "decision_id": decision_id,
+        "decision": decision.verdict.value,
+        "reason": decision.reason.value,
+        "requested": ",".join(decision.requested),
+        "unknown": ",".join(decision.unknown),
+        "candidates": ",".join(decision.serve),
+        "caller_tier": decision.caller_tier or "",
+        "policy": policy.digest,
+    }
+    for name, text in texts.items():
+        fields[name].string_value = text
+    if decision.standby:
+        fields["standby"].string_value = ",".join(decision.standby)
+
+
+def _set(options: Any, headers: dict[str, str]) -> None:
+    """Each header once, in place of any of its name. Envoy reads `value`, not `raw_value`, and appends by default."""
+    for name, value in headers.items():
+        option = options.add(append_action=_OVERWRITE)
+        option.header.key = name
+        option.header.value = _UNPRINTABLE.sub("?", value)
+
+
+INTERNAL = Decision(Verdict.DENY, Reason.INTERNAL, detail="the request could not be decided")

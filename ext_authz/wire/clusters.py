@@ -1,0 +1,257 @@
+"""Policy to Envoy clusters: one for each expert, and the *ladders* that lead from one to the next.
+
+A request may be served by any expert that its decision permits, and by no other. Which of them is idlest only the
+route script knows (envoy/least_request.lua); which of them is alive, only Envoy's health checks. The two meet in the
+ladders: aggregate clusters, whose rungs Envoy tries in order and whose dead rungs it skips.
+
+    expert-a              expert A alone
+    expert-a~expert-b     A, else B, else the spare
+    expert-a~             A, else the spare: in policies of more than PAIRS experts, where pairs would be too many
+    ~spare                every endpoint once more, to be reached only by the names in a request's own `fallback_list`
+
+The first two rungs are the idlest and the second idlest. Should both be dead, the spare takes any other expert that
+the request's decision permits. It gives no host to a request without a list, and none that the list does not name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from typing import Any
+
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
+from envoy_data_plane.envoy.extensions.clusters.aggregate.v3 import ClusterConfig
+from envoy_data_plane.envoy.extensions.clusters.common.dns.v3 import DnsLookupFamily
+from envoy_data_plane.envoy.extensions.clusters.dns.v3 import DnsCluster
+from envoy_data_plane.envoy.extensions.load_balancing_policies.least_request.v3 import (
+    LeastRequest,
+    LeastRequestSelectionMethod,
+)
+from envoy_data_plane.envoy.extensions.load_balancing_policies.subset.v3 import (
+    Subset,
+    SubsetLbSubsetMetadataFallbackPolicy,
+)
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions
+from envoy_data_plane.message_pool import default_message_pool
+
+from ext_authz.core.policy import Expert, Health, Outlier, Policy
+from ext_authz.wire.ads import Resources
+from ext_authz.wire.twin import twins
+
+TYPE_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+SPARE = "~spare"  # no policy can name a cluster so: `~` is in no cluster name
+PAIRS = 32  # experts; their 992 ladders cost Envoy some 40 MB
+SPARE_RUNGS = 4  # a failed attempt ejects one endpoint, and the next attempt starts one rung lower
+
+_TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
+_OVERPROVISION = 100_000  # percent: one living endpoint of an expert keeps all of the expert's traffic
+_UNLIMITED = 2**31
+
+# Below the shortest keep-alive of common HTTP servers (uvicorn: 5 s), so that Envoy closes idle connections first
+# and no request is sent into a connection that is just being closed.
+_IDLE = 4.0  # seconds
+
+Fields = dict[str, Any]
+
+_COMMON: Fields = {
+    "healthy_panic_threshold": {"value": 0},  # else Envoy sends requests to endpoints that it knows to be dead
+    "update_merge_window": {},  # 0: else the workers hear of a health check's result up to a second later
+}
+
+
+def cluster_resources(policy: Policy) -> Resources:
+    """What Envoy needs to serve `policy`. The same policy gives the same bytes, whatever the order of its experts."""
+    experts = sorted(policy.experts.values(), key=lambda e: e.cluster)
+    clusters = [*map(_expert, experts), *_ladders([e.cluster for e in experts])]
+    if len(experts) > 2:
+        clusters.append(_spare(experts))
+    return Resources.of({TYPE_CLUSTER: tuple(_packed(Cluster, c) for c in clusters)})
+
+
+def _expert(expert: Expert) -> Fields:
+    traffic = expert.traffic
+    return {
+        **_served(expert.cluster, [expert], traffic.health),
+        "connect_timeout": _seconds(traffic.connect_timeout),
+        "load_balancing_policy": _policy("least_request", LeastRequest, _least_request(traffic.slow_start)),
+        "outlier_detection": _outlier(traffic.outlier) if traffic.outlier else None,
+        "circuit_breakers": _breakers(traffic.max_requests, traffic.max_pending),
+    }
+
+
+def _ladders(names: Sequence[str]) -> Iterator[Fields]:
+    spare = [SPARE] * SPARE_RUNGS if len(names) > 2 else []
+    if len(names) <= PAIRS:
+        rungs = ((f"{a}~{b}", [a, b]) for a, b in permutations(names, 2))
+    else:
+        rungs = ((f"{a}~", [a]) for a in names)
+    for name, clusters in rungs:
+        yield {
+            "name": name,
+            "lb_policy": ClusterLbPolicy.CLUSTER_PROVIDED,
+            "cluster_type": {
+                "name": "envoy.clusters.aggregate",
+                "typed_config": _any(ClusterConfig, {"clusters": [*clusters, *spare]}),
+            },
+            "common_lb_config": _COMMON,
+            "circuit_breakers": _breakers(),
+        }
+
+
+def _spare(experts: Sequence[Expert]) -> Fields:
+    """What is left when the idlest two are dead.
+
+    A cluster has one health check, so the spare has the one that most experts share. Endpoints of the others count as
+    healthy until a connection fails: one failure ejects an endpoint, of this cluster only.
+    """
+    health, _ = Counter(e.traffic.health for e in experts).most_common(1)[0]
+    least = min(e.traffic.max_requests for e in experts)
+    subset = {
+        "subset_selectors": [{"keys": ["cluster"]}],
+        "metadata_fallback_policy": SubsetLbSubsetMetadataFallbackPolicy.FALLBACK_LIST,
+        "subset_lb_policy": _policy("least_request", LeastRequest, _least_request()),
+    }
+    return {
+        **_served(SPARE, experts, health),
+        "connect_timeout": _seconds(min(e.traffic.connect_timeout for e in experts)),
+        "load_balancing_policy": _policy("subset", Subset, subset),
+        "outlier_detection": _outlier(Outlier(1, base_ejection=2.0)),
+        "circuit_breakers": _breakers(least, least),
+    }
+
+
+def _served(name: str, experts: Sequence[Expert], health: Health | None) -> Fields:
+    """The part that is about the endpoints of one or more experts; `health` is the check of those that share it."""
+    endpoints = [p for e in experts for p in _endpoints(e, checked=e.traffic.health == health)]
+    http1 = {
+        "explicit_http_config": {"http_protocol_options": {}},
+        "common_http_protocol_options": {"idle_timeout": _seconds(_IDLE)},
+    }
+    return {
+        "name": name,
+        **_discovery(experts),
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": endpoints}],
+            "policy": {"overprovisioning_factor": {"value": _OVERPROVISION}},
+        },
+        "common_lb_config": _COMMON,
+        "ignore_health_on_host_removal": True,
+        "health_checks": _health_checks(health),
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _any(HttpProtocolOptions, http1)
+        },
+    }
+
+
+def _discovery(experts: Sequence[Expert]) -> Fields:
+    """Names are looked up again when their TTL says so: a headless Service's name has an address for each ready pod."""
+    if all(_is_address(p.host) for e in experts for p in e.endpoints):
+        return {"type": ClusterDiscoveryType.STATIC}
+    dns = {
+        "dns_lookup_family": DnsLookupFamily.V4_PREFERRED,
+        "respect_dns_ttl": True,
+        "dns_min_refresh_rate": _seconds(1),
+        "dns_refresh_rate": _seconds(5),
+        "dns_failure_refresh_rate": {"base_interval": _seconds(1), "max_interval": _seconds(5)},
+    }
+    return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": _any(DnsCluster, dns)}}
+
+
+def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
+    """`srp.expert` is who answered, for the response header and the log; `envoy.lb.cluster` is for the spare."""
+    metadata = {
+        "srp": {"fields": {"expert": {"string_value": expert.name}}},
+        "envoy.lb": {"fields": {"cluster": {"string_value": expert.cluster}}},
+    }
+    for endpoint in expert.endpoints:
+        address = {"address": endpoint.host, "port_value": endpoint.port}
+        yield {
+            "endpoint": {
+                "address": {"socket_address": address},
+                "health_check_config": {"hostname": endpoint.host, "disable_active_health_check": not checked},
+            },
+            "metadata": {"filter_metadata": metadata},
+        }
+
+
+def _health_checks(health: Health | None) -> list[Fields]:
+    """Checked at once, an endpoint is dead after two failures (a 503: after one), alive after one success."""
+    if health is None:
+        return []
+    interval = _seconds(health.interval)
+    return [
+        {
+            "http_health_check": {"path": health.path},
+            "interval": interval,
+            "no_traffic_interval": interval,
+            "no_traffic_healthy_interval": interval,
+            "unhealthy_interval": _seconds(min(health.interval, 1.0)),
+            "timeout": _seconds(min(health.interval, 1.0)),
+            "interval_jitter_percent": 10,
+            "unhealthy_threshold": {"value": 2},
+            "healthy_threshold": {"value": 1},
+        }
+    ]
+
+
+def _outlier(outlier: Outlier) -> Fields:
+    """Ejects on gateway failures (502, 503, 504) and, counted apart, on connections that fail or time out."""
+    failures = {"value": outlier.consecutive_5xx}
+    return {
+        "split_external_local_origin_errors": True,
+        "consecutive_gateway_failure": failures,
+        "enforcing_consecutive_gateway_failure": {"value": 100},
+        "consecutive_local_origin_failure": failures,
+        "enforcing_consecutive_5xx": {"value": 0},
+        "enforcing_success_rate": {"value": 0},
+        "enforcing_local_origin_success_rate": {"value": 0},
+        "base_ejection_time": _seconds(outlier.base_ejection),
+        "interval": _seconds(1),
+        "max_ejection_percent": {"value": 100},
+    }
+
+
+def _breakers(requests: int | None = None, pending: int | None = None) -> Fields:
+    """Only requests are limited. Idle connections count as connections, so a limit there would refuse requests for
+    nothing; and when an expert dies, every request that was meant for it is a retry.
+    """
+    limits: Fields = {"max_connections": {"value": _UNLIMITED}, "max_retries": {"value": _UNLIMITED}}
+    if requests is not None:
+        limits |= {"max_requests": {"value": requests}, "max_pending_requests": {"value": pending}}
+    return {"thresholds": [limits]}
+
+
+def _least_request(slow_start: float = 0.0) -> Fields:
+    config: Fields = {"selection_method": LeastRequestSelectionMethod.FULL_SCAN}
+    if slow_start:
+        config["slow_start_config"] = {"slow_start_window": _seconds(slow_start)}
+    return config
+
+
+def _policy(name: str, message: type, config: Fields) -> Fields:
+    extension = {"name": f"envoy.load_balancing_policies.{name}", "typed_config": _any(message, config)}
+    return {"policies": [{"typed_extension_config": extension}]}
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _seconds(seconds: float) -> Fields:
+    nanoseconds = round(seconds * 1e9)
+    return {"seconds": nanoseconds // 10**9, "nanos": nanoseconds % 10**9}
+
+
+def _any(message: type, fields: Fields) -> Fields:
+    return {"type_url": default_message_pool.type_to_url[message], "value": _packed(message, fields)}
+
+
+def _packed(message: type, fields: Fields) -> bytes:
+    return _TWINS[message](**fields).SerializeToString(deterministic=True)

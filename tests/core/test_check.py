@@ -1,0 +1,462 @@
+"""The sentence `identify, gate, decide`: its order, and what a snapshot remembers and forgets."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ext_authz.core.cache import Recent, Uses
+from ext_authz.core.check import DOWNGRADE, MAX_PATH, Memory, Snapshot, check, headers_read, identify, recall, remember
+from ext_authz.core.condition import compile_condition
+from ext_authz.core.identity import Keys
+from ext_authz.core.jwk import parse_jwks
+from ext_authz.core.model import Decision, Identity, Outcome, Reason, Refusal, Request, Verdict
+from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
+from tests.harness import tokens
+from tests.harness.strategies import header_texts
+from tests.harness.tokens import AUDIENCE, ISSUER
+
+NOW = 1_800_000_000.0
+GET_ONLY = compile_condition('request.method == "GET"', "experts.G.allow", 1)
+
+EXPERTS = {
+    "A": Expert("A", 0, "expert-a"),
+    "C": Expert("C", 1, "expert-c", downgrade_to=("A",)),
+    "H": Expert("H", 1, "expert-h"),
+}
+POLICY = Policy(
+    tiers=("low", "high"),
+    experts=EXPERTS,
+    issuers={ISSUER: Issuer(ISSUER, frozenset({AUDIENCE}), frozenset({"ES256"}))},
+    anonymous=0,
+    clearance=(ClearanceRule(compile_condition('claims.plan == "premium"', "clearance[0].when", 1), 1),),
+    gate=(GateRule("/", exact=False, header="x-expert-names", default=("A",)),),
+    leeway=30,
+)
+
+
+def keys(*names: str) -> Keys:
+    """ISSUER's keys with the ES256 key of each of `names`."""
+    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)))}
+
+
+def token(name: str = "", **over: Any) -> str:
+    return tokens.sign(tokens.claims(**{"iat": NOW, "exp": NOW + 300, "plan": "free", **over}), name=name)
+
+
+def asks(names: str | None = "A", bearer: str | None = None, method: str = "GET", **headers: str) -> Request:
+    """A request for `names`; a header's name is written with underscores."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    if names is not None:
+        sent["x-expert-names"] = names
+    if bearer is not None:
+        sent["authorization"] = f"Bearer {bearer}"
+    return Request(method, "/", sent)
+
+
+def decided(snapshot: Snapshot, request: Request, now: float = NOW) -> Decision:
+    return outcome(snapshot, request, now).decision
+
+
+def outcome(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
+    found = check(snapshot, request, now)
+    assert isinstance(found, Outcome), found
+    return found
+
+
+def premium() -> str:
+    return token(plan="premium")
+
+
+SENTENCE = [
+    # name, policy, request, verdict, reason, candidates, caller's tier
+    ("anonymous", POLICY, lambda: asks("A"), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("anonymous, default", POLICY, lambda: asks(None), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("premium", POLICY, lambda: asks("C", premium()), Verdict.ALLOW, Reason.PERMITTED, ("C",), "high"),
+    ("free", POLICY, lambda: asks("H", token()), Verdict.DENY, Reason.TIER_TOO_LOW, (), "low"),
+    ("downgrade", POLICY, lambda: asks("C", token()), Verdict.DOWNGRADE, Reason.TIER_TOO_LOW, ("A",), "low"),
+    ("bad gate", POLICY, lambda: asks("A B", token()), Verdict.DENY, Reason.BAD_GATE, (), "low"),
+    ("nobody named", POLICY, lambda: asks(""), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+    ("unknown", POLICY, lambda: asks("Z", premium()), Verdict.DENY, Reason.UNKNOWN_EXPERT, (), "high"),
+    ("bad token", POLICY, lambda: asks("A", "x.y.z"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("the token is judged first", POLICY, lambda: asks("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("expired", POLICY, lambda: asks("A", token(exp=NOW - 31)), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("no token where one is needed", replace(POLICY, anonymous=None), lambda: asks("A"),
+     Verdict.DENY, Reason.TOKEN_REQUIRED, (), None),
+    ("no gate", replace(POLICY, gate=()), lambda: asks("A"), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "request_", "verdict", "reason", "serve", "tier"),
+    [row[1:] for row in SENTENCE],
+    ids=[row[0] for row in SENTENCE],
+)
+def test_the_sentence(
+    policy: Policy, request_: Any, verdict: Verdict, reason: Reason, serve: tuple[str, ...], tier: str | None
+) -> None:
+    """Identity first, then the gate, then the decision."""
+    found = decided(Snapshot(policy, keys()), request_())
+    assert (found.verdict, found.reason, found.serve, found.caller_tier) == (verdict, reason, serve, tier)
+
+
+REFUSALS = [
+    ("unknown kid", keys, lambda: token("new"), Reason.INVALID_TOKEN),
+    ("keys not loaded", dict, token, Reason.KEYS_UNAVAILABLE),
+]
+
+
+@pytest.mark.parametrize(("known", "bearer", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+def test_what_fresh_keys_could_change_comes_back_as_a_refusal(known: Any, bearer: Any, reason: Reason) -> None:
+    """The shell learns which issuer's keys to look for."""
+    found = check(Snapshot(POLICY, known()), asks("A", bearer()), NOW)
+    assert isinstance(found, Refusal)
+    assert (found.reason, found.issuer) == (reason, ISSUER)
+
+
+DOWNGRADES: list[tuple[str | None, bool, Verdict]] = [
+    (None, False, Verdict.DOWNGRADE),
+    ("allow", False, Verdict.DOWNGRADE),
+    ("never", False, Verdict.DENY),
+    ("NEVER", False, Verdict.DENY),
+    ("", False, Verdict.DENY),
+    ("Allow", False, Verdict.DENY),
+    ("nevr", False, Verdict.DENY),
+    ("allow, never", False, Verdict.DENY),
+    ("allow", True, Verdict.DENY),
+]
+
+
+@pytest.mark.parametrize(("value", "repeated", "verdict"), DOWNGRADES)
+def test_the_downgrade_header(value: str | None, repeated: bool, verdict: Verdict) -> None:
+    """Only an absent header or one `allow` lets a downgrade happen: who writes anything else means to be strict."""
+    headers = {"x-expert-names": "C", **({} if value is None else {DOWNGRADE: value})}
+    request = Request("GET", "/", headers, repeated=frozenset({DOWNGRADE} if repeated else ()))
+    found = decided(Snapshot(POLICY), request)
+    assert found.verdict is verdict
+    assert (found.reason is Reason.DOWNGRADE_FORBIDDEN) == (verdict is Verdict.DENY)
+
+
+# ---- what a snapshot remembers ---------------------------------------------------------------------------------------
+
+
+def identified(snapshot: Snapshot, bearer: str, now: float) -> Identity | Refusal:
+    return identify(snapshot, asks(bearer=bearer), now)
+
+
+def test_a_verified_token_is_remembered() -> None:
+    """The same token gives the same identity object, whichever header it comes in; another token another one."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token()
+    first = identified(snapshot, bearer, NOW)
+    assert isinstance(first, Identity)
+    assert identified(snapshot, bearer, NOW + 1) is first
+    assert identify(snapshot, Request("GET", "/", {"x-expert-access-token": bearer}), NOW) is first
+    assert identified(snapshot, token(), NOW) is not first  # ES256 signs anew each time
+
+
+def test_a_remembered_token_ends_when_it_ends() -> None:
+    """A token that was good is refused from `exp` plus the leeway on, and stays refused."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
+    assert isinstance(identified(snapshot, bearer, NOW), Identity)
+    assert isinstance(identified(snapshot, bearer, NOW + 39.999), Identity)
+    for late in (40, 41, 10**6):
+        refused = identified(snapshot, bearer, NOW + late)
+        assert isinstance(refused, Refusal)
+        assert refused.reason is Reason.INVALID_TOKEN
+
+
+def test_a_failure_is_not_remembered() -> None:
+    """A token that is not valid yet becomes valid; nothing of a refusal is stored."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(nbf=NOW + 100)
+    assert isinstance(identified(snapshot, bearer, NOW), Refusal)
+    assert len(snapshot.tokens) == 0
+    assert isinstance(identified(snapshot, bearer, NOW + 100), Identity)
+
+
+def test_a_token_with_one_more_byte_is_another() -> None:
+    """What is remembered of a token helps no other text."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token()
+    assert isinstance(identified(snapshot, bearer, NOW), Identity)
+    for other in (bearer + ".", bearer[:-1], bearer + "=", bearer.swapcase(), f"{bearer}\xe9"):
+        assert isinstance(identified(snapshot, other, NOW), Refusal)
+
+
+FORGETTING = [
+    # a change after which the token of before is refused
+    ("key gone", POLICY, lambda: keys("new")),
+    ("issuer gone", replace(POLICY, issuers={}), keys),
+    ("token revoked", replace(POLICY, revoked=Revoked(jti=frozenset({"t1"}))), keys),
+    ("subject revoked", replace(POLICY, revoked=Revoked(sub=frozenset({"ada"}))), keys),
+    ("all of before revoked", replace(POLICY, revoked=Revoked(issued_before=NOW + 1)), keys),
+]
+
+
+@pytest.mark.parametrize(("policy", "known"), [f[1:] for f in FORGETTING], ids=[f[0] for f in FORGETTING])
+def test_a_new_snapshot_remembers_nothing(policy: Policy, known: Any) -> None:
+    """A change of policy or keys makes a new snapshot, and a token that was good is verified anew and refused."""
+    bearer = token(jti="t1")
+    assert isinstance(identified(Snapshot(POLICY, keys()), bearer, NOW), Identity)
+    assert isinstance(identified(Snapshot(policy, known()), bearer, NOW), Refusal)
+
+
+def test_a_new_policy_decides_anew() -> None:
+    """Decisions of the old snapshot do not reach the new one, for tokens and for the anonymous."""
+    stricter = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], tier=1)})
+    old, new, bearer = Snapshot(POLICY, keys()), Snapshot(stricter, keys()), token()
+    for caller in (None, bearer):
+        assert decided(old, asks("A", caller)).verdict is Verdict.ALLOW
+        assert decided(new, asks("A", caller)).verdict is Verdict.DENY
+
+
+def test_a_decision_is_remembered_for_the_same_question() -> None:
+    """Same tier, names and downgrade: the same decision object. Any of them different: another."""
+    snapshot, bearer = Snapshot(POLICY, keys()), premium()
+    first = outcome(snapshot, asks("C,A", bearer))
+    same = [
+        outcome(snapshot, asks(" C , A ", bearer)),
+        outcome(snapshot, asks("C,A", token(plan="premium", sub="bob", exp=NOW + 99))),
+    ]
+    assert [o.decision for o in same] == [first.decision] * 2
+    assert [(o.caller.subject, o.caller.expires) for o in same] == [("ada", NOW + 330), ("bob", NOW + 129)]
+    others = [
+        decided(snapshot, asks("A,C", bearer)),
+        decided(snapshot, asks("C,A")),
+        decided(snapshot, asks("C,A", token())),
+        decided(snapshot, asks("C,A", bearer, x_srp_downgrade="never")),
+    ]
+    assert all(other is not first.decision for other in others)
+
+
+def test_where_conditions_read_claims_each_caller_has_decisions_of_its_own() -> None:
+    """Two callers of one tier, of whom an expert takes only one."""
+    ours = compile_condition('claims.sub == "ada"', "experts.A.allow", 1)
+    policy = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], allow=ours)})
+    snapshot = Snapshot(policy, keys())
+    for _ in range(2):
+        assert decided(snapshot, asks("A", token())).verdict is Verdict.ALLOW
+        assert decided(snapshot, asks("A", token(sub="bob"))).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, asks("A")).reason is Reason.NOT_ALLOWED
+
+
+def test_an_expired_token_has_no_remembered_decision() -> None:
+    """The identity is checked at each request, before what was decided for it."""
+    snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
+    assert decided(snapshot, asks("A", bearer)).verdict is Verdict.ALLOW
+    assert decided(snapshot, asks("A", bearer), NOW + 40).reason is Reason.INVALID_TOKEN
+
+
+def test_policies_that_read_the_request_are_decided_each_time() -> None:
+    """Two requests alike but for what a rule reads have two answers."""
+    policy = replace(POLICY, experts={"G": Expert("G", 0, "g", allow=GET_ONLY)}, reads_request=True)
+    snapshot = Snapshot(policy, keys())
+    for bearer in (None, token()):
+        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
+        assert decided(snapshot, asks("G", bearer, "POST")).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
+    assert len(snapshot.decisions) == 0
+
+
+def test_names_that_anybody_can_invent_are_not_remembered() -> None:
+    """Unknown names, and names the gate refuses, take no memory."""
+    snapshot = Snapshot(POLICY)
+    for n in range(100):
+        decided(snapshot, asks(f"invented-{n},A"))
+        decided(snapshot, asks(f"invented-{n}"))
+        decided(snapshot, asks(f"in vented-{n}"))
+    assert len(snapshot.decisions) == 0
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Ever-new tokens, names and headers: each memory keeps its size, the newest stay, what was dropped is counted."""
+    memory = Memory(tokens=4, decisions=2)
+    snapshot = memory.snapshot(POLICY, keys(), 1)
+    for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
+        request = asks(names, token(sub=f"caller-{n}"))
+        for _ in range(2):
+            answered(snapshot, request)
+    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.headings)) == (3, 2, 2)
+    assert memory.uses == {"tokens": Uses(5, 5, 2), "decisions": Uses(5, 5, 3), "headings": Uses(0, 10, 3)}
+    newer = memory.snapshot(POLICY, keys(), 2)
+    assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
+
+
+@given(
+    st.integers(1, 8),
+    st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from([0, 1, 1, 1, 3])), max_size=60),
+)
+def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tuple[str, int]]) -> None:
+    """Keys are looked up (0) or kept with so many places. What is there is what was kept last under its key."""
+    recent: Recent[str, int] = Recent(size)
+    kept: dict[str, tuple[int, int]] = {}
+    order: list[str] = []
+    gone = 0
+    for n, (key, places) in enumerate(used):
+        before = {k for k in kept if k in recent._young or k in recent._old}
+        if places:
+            recent.keep(key, n, places)
+            kept[key] = n, places
+        elif (found := recent.get(key)) is not None:
+            assert found == kept[key][0]
+        else:
+            assert key not in before
+        here = {k for k in kept if k in recent._young or k in recent._old}
+        gone += len(before - here)
+        if key in here:
+            order = [*(k for k in order if k != key), key]
+        assert recent.uses.evictions == gone
+        assert len(recent) == len(here)
+        assert len(recent._young) == 1 or sum(kept[k][1] for k in recent._young) <= max(1, size // 2)
+        latest, room = set(), max(1, size // 2)
+        for k in reversed(order):
+            if k not in here or (room := room - kept[k][1]) < 0:
+                break
+            latest.add(k)
+        assert latest <= here
+
+
+def test_tokens_that_come_once_push_out_nobody() -> None:
+    """A token's first request is not remembered by its headers, its second is: the regular callers' stay."""
+    snapshot = Memory(tokens=100, decisions=4).snapshot(POLICY, keys(), 1)
+    for regular in (asks("A"), asks("A", token(sub="regular"))):
+        for _ in range(2):
+            answered(snapshot, regular)
+    assert len(snapshot.headings) == 2
+    once = [asks("A", token(sub=f"once-{n}")) for n in range(20)]
+    for request in once:
+        answered(snapshot, request)
+    assert (len(snapshot.headings), snapshot.headings.uses.evictions) == (2, 0)
+    answered(snapshot, once[0])
+    assert len(snapshot.headings) == 3
+
+
+def test_a_long_path_is_not_remembered() -> None:
+    """What anybody can make large is not kept."""
+    snapshot = Snapshot(POLICY)
+    for n in (MAX_PATH, MAX_PATH + 1):
+        request = asks("A")._replace(path="/".ljust(n, "x"))
+        assert answered(snapshot, request).decision.serve == ("A",)
+    assert len(snapshot.headings) == 1
+
+
+def test_a_repeated_header_is_not_remembered() -> None:
+    """What recalls a request may take it that none of the headers that matter came twice: leases rest on that."""
+    snapshot = Snapshot(POLICY)
+    for header in ("x-expert-names", "x-requested-cluster"):
+        asked = asks("A", x_requested_cluster="A")._replace(repeated=frozenset({header}))
+        answered(snapshot, asked)
+    assert len(snapshot.headings) == 0
+
+
+GATES = (
+    GateRule("/body", exact=True, pointer=("names",), default=("A",)),
+    GateRule("/other/", exact=False, header="x-other"),
+    GateRule("/", exact=False, header="x-expert-names", default=("A", "C")),
+)
+CALLERS = (None, token(sub="ann"), token(sub="bob", plan="premium"), token(sub="cy", exp=NOW + 10), "no token")
+sent_headers = st.fixed_dictionaries(
+    {},
+    optional={
+        "x-expert-names": st.sampled_from(["A", "C", "A,C", "C,A", "H", "X,A", "X", ""]),
+        "x-other": st.sampled_from(["C", "H"]),
+        DOWNGRADE: st.sampled_from(["never", "allow"]),
+        "content-encoding": st.just("gzip"),
+        "x-expert-access-token": st.sampled_from(CALLERS[1:]),
+        "x-team": st.sampled_from(["red", "blue"]),
+    },
+)
+
+
+bodies = st.sampled_from([b"", b'{"names": ["A"]}', b'{"names": "C"}', b'{"names": 1}', b"{}"])
+methods = st.sampled_from(["GET", "POST"])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    headers: dict[str, Any] = draw(sent_headers)
+    if caller := draw(st.sampled_from(CALLERS)):
+        headers = {"authorization": f"Bearer {caller}", **headers}
+    repeated = frozenset(n for n in headers if draw(st.integers(0, 9)) == 0)
+    path = draw(st.sampled_from(["/body", "/other/x", "/", "/body/"]))
+    return Request(draw(methods), path, headers, draw(bodies), repeated)
+
+
+RED = compile_condition('request.headers["x-team"] == "red" && request.method == "GET"', "experts.C.allow", 1)
+ONCE = replace(POLICY, gate=GATES, experts={**EXPERTS, "C": replace(EXPERTS["C"], downgrade_to=("A",))})
+READER = replace(ONCE, experts={**EXPERTS, "C": replace(EXPERTS["C"], allow=RED)}, reads_request=True)
+
+
+@st.composite
+def repetitions(draw: st.DrawFn) -> list[tuple[Request, int]]:
+    """A few requests asked time and again, with another body or method now and then; and seconds that pass."""
+    few = draw(st.lists(requests(), min_size=1, max_size=3))
+    asked = []
+    for _ in range(draw(st.integers(2, 12))):
+        request = draw(st.sampled_from(few))
+        request = draw(st.sampled_from([request, request._replace(body=draw(bodies), method=draw(methods))]))
+        asked.append((request, draw(st.sampled_from([0, 0, 0, 20, 60]))))
+    return asked
+
+
+@given(st.sampled_from([ONCE, READER]), repetitions())
+@settings(max_examples=400)
+def test_what_was_asked_before_changes_no_answer(policy: Policy, asked: list[tuple[Request, int]]) -> None:
+    """Any requests in any order, as time goes on: each gets what it would get if nothing had been asked before it.
+
+    And no header makes a difference but those that `headers_read` names.
+    """
+    used, now = Snapshot(policy, keys()), NOW
+    for request, later in asked:
+        now = max(now, NOW + later)
+        assert told(answered(used, request, now)) == told(outcome(Snapshot(policy, keys()), request, now))
+
+
+def told(of: Outcome) -> list[Any]:
+    caller = of.caller
+    whose = (caller.tier, caller.subject, caller.issuer, caller.claims, caller.expires, caller.errors)
+    return [whose, *(getattr(of.decision, f.name) for f in fields(of.decision))]
+
+
+def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
+    """As the server does it: recalled, or decided by the headers that are read, and remembered."""
+    heading = request.path, repr((request.headers, request.repeated)).encode()
+    known = recall(snapshot, SimpleNamespace(heading=heading, body=request.body), now)
+    if known is None:
+        reads = headers_read(snapshot.policy)
+        request = request._replace(
+            headers={n: v for n, v in request.headers.items() if reads is None or n in reads},
+            repeated=frozenset(n for n in request.repeated if reads is None or n in reads),
+        )
+        known = outcome(snapshot, request, now)
+        remember(snapshot, heading, request, known)
+    return known
+
+
+def test_a_snapshot_that_is_replaced_is_freed() -> None:
+    """Nothing outside holds its identities and decisions."""
+    snapshot = Snapshot(POLICY, keys())
+    decision = weakref.ref(decided(snapshot, asks("A", token())))
+    assert decision() is not None
+    del snapshot
+    gc.collect()
+    assert decision() is None
+
+
+HEADERS = st.sampled_from(["authorization", "x-expert-access-token", "x-expert-names", DOWNGRADE])
+
+
+@given(st.dictionaries(HEADERS, header_texts), st.text(max_size=20), st.sets(HEADERS))
+def test_any_headers_give_a_decision(headers: dict[str, str], path: str, repeated: set[str]) -> None:
+    """Whatever comes, there is an answer; with anything in a token header it is a denial, and nobody is let in."""
+    found = check(Snapshot(POLICY, keys()), Request("GET", path, headers, repeated=frozenset(repeated)), NOW)
+    if "authorization" in headers or "x-expert-access-token" in headers:
+        assert isinstance(found, Refusal) or found.decision.reason is Reason.INVALID_TOKEN
+    if isinstance(found, Outcome):
+        assert (found.decision.serve == ()) == (found.decision.verdict is Verdict.DENY)
+        assert set(found.decision.serve) <= {"A"}

@@ -1,0 +1,168 @@
+"""CEL conditions: compiled at load with one-line errors, a non-match when they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ext_authz.core.condition import MAX_LENGTH, MAX_NESTING, VARIABLES, Truth, compile_condition, context
+from tests.harness import ROOT
+from tests.harness.strategies import header_texts, json_values
+
+CLAIMS = {
+    "plan": "premium", "org": "acme", "groups": ["eng", "ops"], "level": 3, "ratio": 0.5, "ok": True, "none": None,
+    "realm_access": {"roles": ["admin"]}, "https://example.com/tier": "gold", "huge": 2**63, "vast": 2**70,
+}  # fmt: skip
+REQUEST = {"method": "GET", "path": "/v1/chat", "headers": {"x-team": "red"}}
+
+YES, NO, ERROR = Truth.YES, Truth.NO, Truth.ERROR
+
+HOLDS = [
+    ('claims.plan == "premium"', YES),
+    ('claims.plan == "basic"', NO),
+    ('claims.org in ["acme", "umbrella"]', YES),
+    ('"ops" in claims.groups && claims.level >= 3', YES),
+    ('claims.groups.exists(g, g.startsWith("e"))', YES),
+    ('claims.realm_access.roles.all(r, r == "admin")', YES),
+    ('claims["https://example.com/tier"] == "gold"', YES),
+    ("has(claims.org) && !has(claims.absent)", YES),
+    ('claims.org.matches("^ac")', YES),
+    ("claims.none == null", YES),
+    ('request.method == "GET" && request.headers["x-team"] == "red"', YES),
+    ("claims.huge > 3 && claims.vast > 3", YES),  # beyond 64 bits, and not wrapped around
+    ("claims.vast < 3", NO),
+    # no answer
+    ("claims.absent", ERROR),
+    ("!claims.absent", ERROR),
+    ('claims.absent == "x"', ERROR),
+    ('claims.absent != "x"', ERROR),
+    ("claims.plan.name == 1", ERROR),
+    ("claims.groups[7] == 'x'", ERROR),
+    ("1 / 0 == 1", ERROR),
+    ("claims.level + 9223372036854775807 > 0", ERROR),
+    ("claims.org.matches('(')", ERROR),
+    ('request.headers["x-absent"] == "x"', ERROR),
+    # true alone is a yes
+    ("claims.ok", YES),
+    ("claims.level", ERROR),
+    ("claims.plan", ERROR),
+    ("claims.groups", ERROR),
+    ("claims.none", ERROR),
+    ("claims", ERROR),
+    ('"true"', ERROR),
+    ("1", ERROR),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "truth"), HOLDS, ids=[source for source, _ in HOLDS])
+def test_only_true_is_a_yes(source: str, truth: Truth) -> None:
+    """A condition that gives neither `true` nor `false`, or fails, is an ERROR."""
+    assert compile_condition(source, "here", 1).holds(context(CLAIMS, REQUEST)) is truth
+
+
+READS = [
+    ("true", set()),
+    ("claims.a == 1", {"claims"}),
+    ('request.path == "/"', {"request"}),
+    ('claims.a == request.headers["a"]', {"claims", "request"}),
+    ("claims.groups.exists(g, g == claims.org)", {"claims"}),
+    ("[1, 2].all(i, [3].exists(k, k > i))", set()),
+    ('claims.a.map(x, x > 1, x) == [2] || "request" == "claims"', {"claims"}),
+]
+
+
+@pytest.mark.parametrize(("source", "reads"), READS, ids=[source for source, _ in READS])
+def test_tells_what_it_reads(source: str, reads: set[str]) -> None:
+    """`reads` names the variables, without those that a macro binds: it decides what may be remembered."""
+    assert compile_condition(source, "here", 1).reads == reads
+
+
+MISTAKES = [
+    # name, source, what it may read, error
+    ("empty", "", VARIABLES, "mismatched input"),
+    ("syntax", "claims.plan = 1", VARIABLES, r"token recognition error|mismatched|extraneous"),
+    ("names the character", 'claims.plan == "', VARIABLES, r"at character \d+"),
+    ("unknown variable", "claim.plan == 1", VARIABLES, "unknown variable `claim`; a condition reads `claims` and `req"),
+    ("unknown variable behind a macro", "[1].all(x, y == x)", VARIABLES, "unknown variable `y`"),
+    ("variable out of place", 'request.path == "/"', frozenset({"claims"}), "`request` cannot be read here; .*`c"),
+    ("unknown function", "claims.plan.lowerAscii() == 'x'", VARIABLES, "unknown function `lowerAscii`"),
+    ("function that is not a method", "frobnicate(claims)", VARIABLES, "unknown function `frobnicate`"),
+    ("macro that hides the request", "[1].exists(request, true) && request.a", VARIABLES, "`request` cannot name"),
+    ("macro that hides the claims", "[1].all(claims, claims == 1)", VARIABLES, "`claims` cannot name an element"),
+    ("too long", '"' + "x" * MAX_LENGTH + '" == claims.a', VARIABLES, r"of 2062 characters, at most 2048"),
+    ("too deep", "(" * 33 + "true" + ")" * 33, VARIABLES, "nested over 32 brackets deep"),
+    ("brackets without end", "[" * 2000, VARIABLES, "nested over 32 brackets deep"),
+    ("control character", "claims.a\x00", VARIABLES, "token recognition error"),
+    ("half a surrogate pair", '"\ud800" == claims.a', VARIABLES, "surrogate|not valid|cannot"),
+]
+
+
+@pytest.mark.parametrize(("source", "allowed", "error"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_line(source: str, allowed: frozenset[str], error: str) -> None:
+    """ValueError, on one line, says what is wrong."""
+    with pytest.raises(ValueError, match=error) as raised:
+        compile_condition(source, "here", 1, allowed)
+    assert "\n" not in str(raised.value)
+    assert "ERROR:" not in str(raised.value)
+
+
+def test_the_bounds_are_exact() -> None:
+    """An expression of the greatest length, and one of the greatest depth, compile."""
+    compile_condition('"' + "x" * (MAX_LENGTH - len('"" == "x"')) + '" == "x"', "here", 1)
+    compile_condition("(" * MAX_NESTING + "true" + ")" * MAX_NESTING, "here", 1)
+    compile_condition('"' + "(" * 100 + '" == claims.a', "here", 1)  # brackets in a string do not nest
+
+
+HOSTILE = [
+    ("nots", "!" * (MAX_LENGTH - 4) + "true"),
+    ("signs", "-" * (MAX_LENGTH - 1) + "1"),
+    ("sums", "+".join("1" * 1024)),
+    ("choices", "true ? 1 : " * 180 + "1"),
+    ("ors", " || ".join(["false"] * 227)),
+    ("members", "claims" + ".a" * 1021),
+    ("indexes", "claims" + "[0]" * 680),
+    ("nested macros", "[0].all(a, " * 31 + "true" + ")" * 31),
+    ("nested comparisons", "!(" * 32 + "true" + ")" * 32),
+    ("comparisons", "1 < " * 500 + "1"),
+    ("a backslash run", '"' + "\\" * 2000),
+    ("many binders", ".all(" * 400),
+]
+
+
+def test_hostile_sources_do_not_end_the_process() -> None:
+    """The longest and deepest expressions compile or are refused, and are evaluated, in a process that survives."""
+    script = (
+        "import sys, json\n"
+        "from ext_authz.core.condition import compile_condition, context\n"
+        "for source in json.load(sys.stdin):\n"
+        "    try: compile_condition(source, 'here', 1).holds(context({'a': [1]}))\n"
+        "    except ValueError: pass\n"
+        "print('alive')\n"
+    )
+    sources = json.dumps([source for _, source in HOSTILE])
+    ran = subprocess.run(
+        [sys.executable, "-c", script], input=sources, capture_output=True, text=True, timeout=20, cwd=ROOT, check=False
+    )
+    assert ran.stdout == "alive\n", ran.stderr[-500:]
+
+
+def test_claims_that_cel_cannot_hold_are_no_match() -> None:
+    """Half a surrogate pair, legal in JSON, makes the conditions that read claims fail, not the request."""
+    variables = context({"plan": "premium", "name": "\ud800"}, REQUEST)
+    assert compile_condition('claims.plan == "premium"', "here", 1).holds(variables) is ERROR
+    assert compile_condition("!has(claims.blocked)", "here", 1).holds(variables) is ERROR
+    assert compile_condition("true", "here", 1).holds(variables) is YES
+
+
+@given(st.dictionaries(st.text(st.characters(), max_size=5), json_values, max_size=4), header_texts)
+def test_any_claims_and_headers_give_an_answer(claims: dict[str, Any], header: str) -> None:
+    """Whatever JSON and latin-1 text come, a condition answers and does not raise."""
+    variables = context(claims, {"method": header, "path": header, "headers": {"x-team": header}})
+    for source in ("claims.a == request.method", 'claims.exists(k, k == "a")', 'request.headers["x-team"] == "red"'):
+        assert compile_condition(source, "here", 1).holds(variables) in Truth

@@ -1,0 +1,95 @@
+"""Which claims a condition reads: certain, or all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ext_authz.core.condition import compile_condition, context
+from ext_authz.core.condition_reads import members
+
+READS = [
+    # source, members of `claims` (None: any)
+    ("true", set()),
+    ('request.path == "/claims.a"', set()),
+    ('request.headers.claims == "x"', set()),
+    ('claims.plan == "premium"', {"plan"}),
+    ('claims . plan == "premium"', {"plan"}),
+    ('claims["https://example.com/tier"] == "gold"', {"https://example.com/tier"}),
+    ("claims['a']['b'] == 1 && claims.c.d.e", {"a", "c"}),
+    ('has(claims.org) && claims.org.name in ["claims.x"]', {"org"}),
+    ("claims.groups.exists(g, g == claims.org)", {"groups", "org"}),
+    ('"org" in claims && claims.plan == "x"', {"org", "plan"}),
+    ('!("org" in claims) || claims.org != "acme"', {"org"}),
+    ('"ops" in claims.groups', {"groups"}),
+    ('claims.plan == request.headers["x-plan"]', {"plan"}),
+    ('claims.team in "abc"', {"team"}),
+    # any of them
+    ("claims == claims", None),
+    ("size(claims) > 1", None),
+    ('claims.exists(k, k == "plan")', None),
+    ("claims[request.method] == 1", None),
+    ("claims[claims.which] == 1", None),
+    ('{"a": claims}.a.plan == "x"', None),
+    ('(claims).plan == "x"', None),
+    ('"a" + "b" in claims', None),
+    ('!"a" in claims', None),
+    ('"a" in claims == true', None),
+    ('"a" in (true ? claims : claims)', None),
+    ('claims["a\\x62"] == 1', None),
+    ('claims[r"a"] == 1', None),
+    ('claims["""a"""] == 1', None),
+    ("claims.a == 1 // claims", None),
+]
+
+
+@pytest.mark.parametrize(("source", "expected"), READS, ids=[source for source, _ in READS])
+def test_tells_what_a_condition_reads(source: str, expected: set[str] | None) -> None:
+    """Exactly the members its outcome can depend on, or None."""
+    try:
+        condition = compile_condition(source, "here", 1)
+    except ValueError:
+        pytest.skip("CEL does not take it")
+    assert members(condition, "claims") == expected
+
+
+def test_reads_of_the_request_are_told_apart() -> None:
+    """`request` has members as well."""
+    condition = compile_condition('request.method == "GET" && claims.a == request["path"]', "here", 1)
+    assert members(condition, "request") == {"method", "path"}
+
+
+NAMES = ("a", "b", "plan", "claims", "request")
+CLAIMS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["a", "plan", 1, True, None, ["a"]]), max_size=4)
+ATOMS = st.sampled_from(
+    [
+        "claims.a", "claims.b", 'claims["plan"]', '"a" in claims', '("b" in claims)', 'has(claims.plan)', "true", '"a"',
+        '"claims.a"', "claims.claims", 'claims["request"]', "claims", "[claims.a]", "1",
+    ]
+)  # fmt: skip
+SOURCES = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from([" && ", " || ", " == ", " + ", " in ", " ? true : "]), inner).map("".join),
+        inner.map("!{}".format),
+        inner.map("({})".format),
+    ),
+    max_leaves=5,
+)
+
+
+@given(SOURCES, CLAIMS, CLAIMS)
+def test_claims_it_does_not_read_change_nothing(source: str, some: dict[str, Any], others: dict[str, Any]) -> None:
+    """Two callers who agree on what is read get the same outcome, whatever else they claim."""
+    try:
+        condition = compile_condition(source, "here", 1)
+    except ValueError:
+        return
+    read = members(condition, "claims")
+    if read is None:
+        return
+    twin = {k: v for k, v in some.items() if k in read} | {k: v for k, v in others.items() if k not in read}
+    assert condition.holds(context(some)) is condition.holds(context(twin))

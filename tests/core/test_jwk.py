@@ -1,0 +1,304 @@
+"""Key sets as issuers publish them, well and badly."""
+
+from __future__ import annotations
+
+import json
+from base64 import urlsafe_b64decode
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from ext_authz.core.jwk import MAX_BYTES, MAX_KEYS, Key, key_of_text, key_text, parse_jwks, secret_key
+from tests.harness import tokens
+
+RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
+ES256 = tokens.jwk("ES256")
+OTHER = tokens.jwk("ES384")  # stands in a set beside the entry under test, so that the set has a usable key
+
+
+def parse(*entries: Any) -> tuple[Key, ...]:
+    return parse_jwks(json.dumps({"keys": entries}).encode())
+
+
+def outcome_of(data: bytes) -> tuple[Key, ...] | str:
+    """The keys, or the message of the ValueError."""
+    try:
+        return parse_jwks(data)
+    except ValueError as e:
+        return str(e)
+
+
+def small_rsa(bits: int = 1024) -> dict[str, Any]:
+    public = rsa.generate_private_key(65537, bits).public_key()
+    return {**RSAAlgorithm.to_jwk(public, as_dict=True), "kid": "small", "key_ops": ["verify"]}
+
+
+@pytest.mark.parametrize("alg", tokens.ALGORITHMS)
+def test_reads_a_key_that_verifies_what_its_owner_signed(alg: str) -> None:
+    """`material` goes into PyJWS.decode as it is, and another key's signature does not pass."""
+    (key,) = parse(tokens.jwk(alg))
+    assert key.kid == alg
+    assert key.algorithms == {alg}
+    jws = jwt.PyJWS()
+    assert jws.decode(tokens.sign({"sub": "ada"}, alg), key.material, algorithms=[alg]) == b'{"sub": "ada"}'
+    with pytest.raises(jwt.InvalidSignatureError):
+        jws.decode(tokens.sign({"sub": "ada"}, alg, name="other"), key.material, algorithms=[alg])
+
+
+@pytest.mark.parametrize(
+    ("alg", "algorithms"),
+    [
+        ("RS256", RSA_ALGORITHMS),
+        ("ES256", {"ES256"}),
+        ("ES384", {"ES384"}),
+        ("ES512", {"ES512"}),
+        ("EdDSA", {"EdDSA"}),
+    ],
+)
+def test_a_key_without_alg_may_do_what_its_type_and_curve_can(alg: str, algorithms: frozenset[str]) -> None:
+    """Type and curve bound the algorithms; `use`, `key_ops`, `kid` and `alg` may all be absent."""
+    (key,) = parse(tokens.jwk(alg, alg=None, use=None, kid=None))
+    assert key.kid is None
+    assert key.algorithms == algorithms
+
+
+def test_reads_ed448() -> None:
+    """RFC 8037 §2 has two signature curves."""
+    (key,) = parse(OKPAlgorithm.to_jwk(ed448.Ed448PrivateKey.generate().public_key(), as_dict=True))
+    assert key.algorithms == {"EdDSA"}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("encryption key by use", {**ES256, "use": "enc"}),
+        ("unknown use", {**ES256, "use": "x"}),
+        ("key_ops without verify", {**ES256, "key_ops": ["deriveKey"]}),
+        ("key_ops empty", {**ES256, "key_ops": []}),
+        ("use and key_ops at odds", {**ES256, "use": "enc", "key_ops": ["verify"]}),
+        ("encryption key by alg", {**ES256, "alg": "ECDH-ES"}),
+        ("alg of another type", {**ES256, "alg": "RS256"}),
+        ("alg of another curve", {**ES256, "alg": "ES512"}),
+        ("alg none", {**ES256, "alg": "none"}),
+        ("alg HS256 on a public key", {**tokens.jwk("RS256"), "alg": "HS256"}),
+        ("alg in lower case", {**ES256, "alg": "es256"}),
+        ("symmetric key", {"kty": "oct", "k": "c2VjcmV0", "alg": "HS256", "kid": "s"}),
+        ("unknown type", {"kty": "AKP", "pub": "AAAA", "kid": "pq"}),
+        ("type in lower case", {**ES256, "kty": "ec"}),
+        ("unknown curve", {**ES256, "crv": "secp256k1"}),
+        ("curve of key agreement", {"kty": "OKP", "crv": "X25519", "x": "AAAA"}),
+        ("no curve", {"kty": "EC", "x": "AAAA", "y": "AAAA"}),
+        ("broken encryption key", {"kty": "RSA", "use": "enc", "n": "!", "kid": "e"}),
+    ],
+)
+def test_passes_over_keys_for_another_use(name: str, entry: dict[str, Any]) -> None:
+    """They do no harm to their neighbours, and a set with nothing else is refused."""
+    assert [k.kid for k in parse(entry, OTHER)] == ["ES384"], name
+    with pytest.raises(ValueError, match="holds no usable signature key among 1"):
+        parse(entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("not an object", "ES256", r"keys\[1\]: is not an object"),
+        ("no kty", {"kid": "a"}, r"keys\[1\] \(kid 'a'\): has no kty"),
+        ("kty a number", {"kty": 1}, "kty is not a string"),
+        ("kid a number", {**ES256, "kid": 7}, "kid is not a string"),
+        ("kid null", {**ES256, "kid": None}, "kid is not a string"),
+        ("alg a list", {**ES256, "alg": ["ES256"]}, "alg is not a string"),
+        ("use a list", {**ES256, "use": ["sig"]}, "use is not a string"),
+        ("crv a list", {**ES256, "crv": ["P-256"]}, "crv is not a string"),
+        ("key_ops a string", {**ES256, "key_ops": "verify"}, "key_ops is not a list"),
+        ("the same kid again", {**OTHER}, r"keys\[1\] \(kid 'ES384'\): another key of this type has the same kid"),
+        ("rsa too short", small_rsa(), "is an RSA key of 1024 bits, expected 2048 to 16384"),
+        ("rsa far too long", {**tokens.jwk("RS256"), "n": "Q" * 4000}, "is an RSA key of 23999 bits"),
+        ("rsa exponent 1", {**tokens.jwk("RS256"), "e": "AQ"}, "impossible modulus or exponent"),
+        ("rsa exponent 0", {**tokens.jwk("RS256"), "e": "AA"}, "impossible modulus or exponent"),
+        ("rsa exponent even", {**tokens.jwk("RS256"), "e": "AQAA"}, "impossible modulus or exponent"),
+        ("rsa exponent huge", {**tokens.jwk("RS256"), "e": "AQAAAAAAAAAB"}, "impossible modulus or exponent"),
+        ("rsa modulus even", {**tokens.jwk("RS256"), "n": "f" + "A" * 342}, "impossible modulus or exponent"),
+        ("rsa without n", {"kty": "RSA", "e": "AQAB"}, "n is not base64url"),
+        ("rsa n a number", {"kty": "RSA", "n": 5, "e": "AQAB"}, "n is not a string"),
+        ("point off the curve", {**ES256, "y": ES256["x"]}, "is not a valid EC public key"),
+        ("point at infinity", {**ES256, "x": "A" * 43, "y": "A" * 43}, "is not a valid EC public key"),
+        ("point of another curve", {**tokens.jwk("ES384", kid="x"), "crv": "P-256", "alg": "ES256"}, "not a valid EC"),
+        ("short coordinate", {**ES256, "x": ES256["x"][:-3]}, "is not a valid EC public key"),
+        ("padded coordinate", {**ES256, "x": ES256["x"] + "="}, "x is not base64url"),
+        ("plain base64", {**ES256, "x": "+/" + ES256["x"][2:]}, "x is not base64url"),
+        ("blank in a coordinate", {**ES256, "x": " " + ES256["x"]}, "x is not base64url"),
+        ("impossible base64 length", {**ES256, "x": "A" * 45}, "x is not base64url"),
+        ("short ed25519", {**tokens.jwk("EdDSA"), "x": "AAAA"}, "is not a valid OKP public key"),
+    ],
+)
+def test_refuses_the_set_for_a_broken_or_weak_key(name: str, entry: Any, message: str) -> None:
+    """A key that claims our use and is no good refuses the whole set, and the message says which one."""
+    with pytest.raises(ValueError, match=message):
+        parse(OTHER, entry)
+
+
+def test_the_same_kid_may_name_a_key_of_another_type() -> None:
+    """RFC 7517 §4.5 allows it, and the algorithm tells them apart; keys passed over do not count."""
+    twins = [tokens.jwk("ES256", kid="k"), tokens.jwk("RS256", kid="k"), tokens.jwk("ES256", "2", kid="k", use="enc")]
+    assert [k.kid for k in parse(*twins)] == ["k", "k"]
+
+
+@pytest.mark.parametrize("member", ["d", "p", "q", "dp", "dq", "qi", "oth", "priv"])
+@pytest.mark.parametrize("alg", ["RS256", "ES256", "EdDSA"])
+def test_refuses_the_set_for_a_private_member(alg: str, member: str) -> None:
+    """Someone has published a private key: even one for another use, even with an empty value."""
+    for over in ({member: "c2VjcmV0"}, {member: None}, {member: "", "use": "enc"}):
+        with pytest.raises(ValueError, match=f"holds the private member {member}: publish public keys only"):
+            parse(OTHER, {**tokens.jwk(alg), **over})
+
+
+def test_refuses_a_real_private_key_without_telling_it() -> None:
+    """Neither the message nor its cause holds a member's value."""
+    private = ECAlgorithm.to_jwk(tokens.private_key("ES256"), as_dict=True)
+    with pytest.raises(ValueError, match="private member d") as caught:
+        parse(private)
+    assert caught.value.__cause__ is None
+    assert not any(str(private[m]) in str(caught.value) for m in ("d", "x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty", b"", "is not JSON"),
+        ("html", b"<html>", "is not JSON"),
+        ("list", b"[]", "is not a JWK Set"),
+        ("single key", json.dumps(ES256).encode(), "is not a JWK Set"),
+        ("keys an object", b'{"keys": {}}', "is not a JWK Set"),
+        ("no keys", b'{"keys": []}', "holds no usable signature key among 0"),
+        ("duplicate name", b'{"keys": [], "keys": []}', "duplicate name"),
+        ("byte order mark", b"\xef\xbb\xbf" + tokens.jwks("ES256"), "byte order mark"),
+        ("not utf-8", b'{"keys": "\xff"}', "is not UTF-8"),
+        ("deep", b'{"keys": ' + b"[" * 20 + b"]" * 20 + b"}", "nested"),
+        ("very deep", b"[" * 100_000, "nested"),
+        ("too big", b" " * (MAX_BYTES + 1), f"holds over {MAX_BYTES} bytes"),
+        ("too many", json.dumps({"keys": [{"kty": "oct"}] * 101}).encode(), "holds 101 keys, at most 100"),
+    ],
+)
+def test_refuses_what_is_no_key_set(name: str, data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_jwks(data)
+
+
+def test_takes_as_many_keys_as_it_says() -> None:
+    keys = parse(*({**ES256, "kid": str(n)} for n in range(MAX_KEYS)))
+    assert [k.kid for k in keys] == [str(n) for n in range(MAX_KEYS)]
+
+
+def test_a_hostile_kid_stays_on_one_short_line() -> None:
+    """Messages go to logs as they are."""
+    with pytest.raises(ValueError, match="kty is not a string") as caught:
+        parse({"kty": 1, "kid": "a\n\x1b[31m\u2028\ud800" + "x" * 10_000})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+
+
+@given(st.binary(max_size=200) | st.binary(max_size=50).map(lambda b: b'{"keys":[' + b + b"]}"))
+def test_any_bytes_give_keys_or_a_value_error(data: bytes) -> None:
+    outcome = outcome_of(data)
+    assert outcome if isinstance(outcome, tuple) else outcome.isprintable()
+
+
+@given(
+    st.sampled_from(tokens.ALGORITHMS),
+    st.sampled_from(["kty", "crv", "alg", "use", "kid", "key_ops", "n", "e", "x", "y"]),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=60) | st.lists(st.text(max_size=3), max_size=2)
+    | st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
+)  # fmt: skip
+def test_any_change_to_a_key_gives_keys_or_a_value_error(alg: str, member: str, value: Any) -> None:
+    """A key that is still read stays within the algorithms of its type and curve."""
+    outcome = outcome_of(json.dumps({"keys": [{**tokens.jwk(alg), member: value}]}).encode())
+    if isinstance(outcome, str):
+        assert outcome.isprintable()
+    else:
+        assert outcome[0].algorithms <= ({alg} if alg[0] == "E" else RSA_ALGORITHMS)
+        assert not isinstance(outcome[0].material, (bytes, str))
+
+
+@pytest.mark.parametrize(
+    ("size", "algorithms"),
+    [
+        (32, {"HS256"}),
+        (47, {"HS256"}),
+        (48, {"HS256", "HS384"}),
+        (63, {"HS256", "HS384"}),
+        (64, {"HS256", "HS384", "HS512"}),
+        (500, {"HS256", "HS384", "HS512"}),
+    ],
+)
+@pytest.mark.parametrize("newline", [b"", b"\n", b"\r\n"])
+def test_a_secret_may_do_what_its_length_allows(size: int, algorithms: set[str], newline: bytes) -> None:
+    """RFC 7518 §3.2; one newline at the end is the editor's."""
+    key = secret_key(b"s" * size + newline)
+    assert key.kid is None
+    assert key.algorithms == algorithms
+    assert key.material == b"s" * size
+
+
+def test_a_secret_keeps_every_byte_but_one_newline() -> None:
+    assert secret_key(b"\n" * 40).material == b"\n" * 39
+    assert secret_key(b" " + b"s" * 32 + b"\r").material == b" " + b"s" * 32 + b"\r"
+
+
+@pytest.mark.parametrize("data", [b"", b"short", b"s" * 31, b"s" * 31 + b"\n"])
+def test_refuses_a_short_secret(data: bytes) -> None:
+    with pytest.raises(ValueError, match="at least 32 are needed") as caught:
+        secret_key(data)
+    assert "sss" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pem", "jwk", "jwks", "der"])
+def test_refuses_a_public_key_as_a_secret(kind: str) -> None:
+    """Whoever knows it could sign: the classic confusion of HS256 with RS256."""
+    public: ec.EllipticCurvePublicKey = tokens.private_key("ES256").public_key()
+    data = {
+        "pem": public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "der": public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        "jwk": json.dumps(ES256).encode(),
+        "jwks": tokens.jwks("ES256"),
+    }[kind]
+    with pytest.raises(ValueError, match="not a secret"):
+        secret_key(data)
+
+
+# ---- for another process ----
+
+
+@pytest.mark.parametrize("alg", [*tokens.ALGORITHMS, "HS256"])
+def test_a_key_as_text_is_the_same_key(alg: str) -> None:
+    """Its name, even a hostile one, what it may verify, and what it verifies with."""
+    kid = "\ud800\n" if alg == "ES256" else None
+    published = {} if alg == "HS256" else {"keys": [tokens.jwk(alg, kid=kid)]}
+    found = secret_key(bytes(range(40))) if alg == "HS256" else parse_jwks(json.dumps(published).encode())[0]
+    again = key_of_text(key_text(found))
+    assert key_text(found).isascii()
+    assert (again.kid, again.algorithms) == (found.kid, found.algorithms)
+    assert again.material == found.material
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '[null, ["ES256"], false, "x"]', '[null, ["ES256"], false, 1]'])
+def test_another_text_is_no_key(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a key"):
+        key_of_text(text)
+
+
+def test_the_hostile_tokens_are_as_hostile_as_they_say() -> None:
+    """The token workshop of these tests: an unused bit changes the text and not the bytes."""
+    part = tokens.b64(b'{"a":1} ')
+    twisted = tokens.with_unused_bit(part)
+    padded = [urlsafe_b64decode(p + "=" * (-len(p) % 4)) for p in (part, twisted)]
+    assert part != twisted
+    assert padded[0] == padded[1]
+    assert tokens.raw_token(b"\xef\xbb\xbf{}", b"NaN", "EdDSA").split(".")[:2] == ["77u_e30", "TmFO"]
+    assert tokens.claims(exp=None, aud=["x"])["aud"] == ["x"]
+    assert "exp" not in tokens.claims(exp=None)

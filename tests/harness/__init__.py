@@ -1,0 +1,5 @@
+"""What the rooms' tests share: tokens, policies, a real Envoy, a whole running system."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,67 @@
+"""Policies for tests: the demo's, and any other by what it differs in from a small one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from ext_authz.core.policy import Policy
+from ext_authz.policyfile import compile as policy_file
+
+# Fields: issuer, audience, jwks (a path), and the endpoints a, b and c (each `host:port`, or several with commas).
+DEMO = """\
+version: 1
+tiers: [low, high]
+issuers:
+  - issuer: {issuer}
+    audiences: [{audience}]
+    algorithms: [ES256, RS256]
+    jwks: {{file: {jwks}}}
+anonymous: low
+clearance:
+  - {{when: 'claims.plan == "premium"', tier: high}}
+experts:
+  A: {{tier: low, cluster: expert-a, endpoints: [{a}]}}
+  B: {{tier: low, cluster: expert-b, endpoints: [{b}]}}
+  C: {{tier: high, cluster: expert-c, endpoints: [{c}], downgrade_to: []}}
+gate:
+  - {{path: /route, json: /expert_names, default: [A, B]}}
+  - {{prefix: /v1/, json: /model}}
+  - {{prefix: /, header: x-expert-names}}
+"""
+
+SMALL: dict[str, Any] = {
+    "version": 1,
+    "tiers": ["low", "high"],
+    "anonymous": "low",
+    "clearance": [{"when": 'claims.plan == "premium"', "tier": "high"}],
+    "experts": {
+        "A": {"tier": "low", "cluster": "expert-a", "endpoints": ["expert-a:8001"]},
+        "B": {"tier": "low", "cluster": "expert-b", "endpoints": ["expert-b:8002"]},
+        "C": {"tier": "high", "cluster": "expert-c", "endpoints": ["expert-c:8003"]},
+    },
+}
+
+
+def text(**overrides: Any) -> str:
+    """The text of the small policy, with top-level keys replaced; a key given as None is left out. JSON is YAML."""
+    data = {key: value for key, value in (SMALL | overrides).items() if value is not None}
+    return json.dumps(data, indent=1, ensure_ascii=False)
+
+
+def policy(base: Path = Path(), **overrides: Any) -> Policy:
+    """The small policy, compiled, with top-level keys replaced: `policy(anonymous="deny")`."""
+    return policy_file.parse(text(**overrides), base=base)
+
+
+def write_keys(directory: Path) -> None:
+    """Key files for issuers: `jwks.json`, `private.json` (which is to be refused) and `secret`, of 32 bytes."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    for name, key in (("jwks", private.public_key()), ("private", private)):
+        jwk = {**ECAlgorithm.to_jwk(key, as_dict=True), "kid": "test"}
+        (directory / f"{name}.json").write_text(json.dumps({"keys": [jwk]}))
+    (directory / "secret").write_bytes(b"s" * 31 + b"!")

@@ -1,0 +1,359 @@
+"""The decision log: what a record holds and does not, and a file that survives what files go through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import resource
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ext_authz.core.check import Snapshot
+from ext_authz.core.difference import Difference
+from ext_authz.core.model import Decision, Reason, Request, Verdict
+from ext_authz.core.policy import Policy
+from ext_authz.observe import decision_log as module
+from ext_authz.observe.decision_log import DecisionLog
+from ext_authz.observe.decision_record import MAX_PATH, Record, Scribe
+from ext_authz.serve.witness import Witness
+from ext_authz.wire.check import INTERNAL
+from tests.harness.asks import asks, authorization, load_policy, snapshot, token, told, wait_until
+
+# ---- what a record holds ---------------------------------------------------------------------------------------------
+
+
+def record(policy: Policy, *calls: bytes) -> list[dict[str, Any]]:
+    """What the log holds after these Check calls."""
+    lines: list[bytes] = []
+    it, scribe = authorization(policy), Scribe()
+
+    def witness(*seen: Any) -> None:
+        lines.append(scribe.line(*seen))
+
+    async def make() -> None:
+        it.witness = witness
+        for call in calls:
+            answer = told(await it.check(call))
+            await asyncio.sleep(0)
+            assert json.loads(lines[-1])["decision_id"] == answer["x-srp-decision-id"]
+            assert json.loads(lines[-1])["policy"] == answer["x-srp-policy"] == policy.digest
+
+    asyncio.run(make())
+    assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in lines)
+    return [json.loads(line) for line in lines]
+
+
+PREMIUM = {"anonymous": False, "claims": {"plan": "premium"}, "absent": ["org"]}
+NOBODY = {"anonymous": True, "claims": {}, "absent": []}
+
+RECORDS = [
+    # name, Check call, what the record must say
+    ("allowed", asks("A", "B"), {
+        "verdict": "allow", "reason": "permitted", "requested": ["A", "B"], "serve": ["A", "B"], "tier": "low",
+        "downgrade": True, "method": "POST", "path": "/x", **NOBODY,
+    }),
+    ("the claims of log_claims", asks("C", caller=token(plan="premium", email="ada@example.com")), {
+        "verdict": "allow", "serve": ["C"], "tier": "high", **PREMIUM,
+    }),
+    ("downgraded", asks("A", "C"), {"verdict": "downgrade", "reason": "tier_too_low", "serve": ["A"]}),
+    ("forbidden to", asks("A", "C", x_srp_downgrade="never"), {"reason": "downgrade_forbidden", "downgrade": False}),
+    ("unknown names are kept", asks("X", "A"), {"verdict": "allow", "requested": ["A", "X"], "serve": ["A"]}),
+    ("only unknown names", asks("X"), {"verdict": "deny", "reason": "unknown_expert", "requested": ["X"]}),
+    ("the default", asks(path="/route"), {"requested": ["A", "B"], "path": "/route"}),
+    ("no query", asks("A", path="/x?access_token=secret"), {"path": "/x"}),
+    ("bad gate", asks(path="/route", body=b"{"), {"reason": "bad_gate", "requested": None, "serve": [], **NOBODY}),
+    ("bad token", asks("A", caller="garbage"), {
+        "verdict": "deny", "reason": "invalid_token", "requested": None, "tier": None, "anonymous": False,
+        "claims": None,
+    }),
+    ("unreadable", b"\xff", {"reason": "internal_error", "requested": None, "method": "", "path": ""}),
+    ("a path too long to keep", asks("A", path="/" + "x" * MAX_PATH), {"path": None}),
+    ("no second line", asks("A", path="/a\nb", method="G\r\n"), {"path": "/a\nb", "method": "G\r\n"}),
+    ("claims no condition can read", asks("A", caller=token(plan="\ud800")), {
+        "anonymous": False, "claims": None, "absent": [],
+    }),
+    ("such a claim that no condition reads", asks("C", caller=token(plan="premium", other="\ud800")), {
+        "verdict": "allow", "tier": "high", "anonymous": False, "claims": {"plan": "premium"}, "absent": ["org"],
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "expected"), [r[1:] for r in RECORDS], ids=[r[0] for r in RECORDS])
+def test_a_record_tells_the_decision(tmp_path: Path, call: bytes, expected: dict[str, Any]) -> None:
+    """And carries the id and the digest that the answer carries."""
+    (told_of,) = record(load_policy(tmp_path), call)
+    assert told_of | expected == told_of
+    assert time.time() - 60 < told_of["time"] < time.time() + 60
+
+
+def test_a_decision_of_no_policy_is_logged_under_the_one_in_force(tmp_path: Path) -> None:
+    """An internal error is the same decision whatever the policy."""
+    policy, scribe = load_policy(tmp_path), Scribe()
+    for digest in ("one", "two"):
+        snapshot = Snapshot(replace(policy, digest=digest))
+        line = scribe.line(snapshot, Request("", "", {}), INTERNAL, "0" * 16, 1.0)
+        assert json.loads(line)["policy"] == digest
+
+
+def test_a_record_can_be_read_back(tmp_path: Path) -> None:
+    """Every record is a Record, whatever the decision was."""
+    for told_of in record(load_policy(tmp_path), *(call for _, call, _ in RECORDS)):
+        read = Record.read(json.dumps(told_of).encode())
+        assert read.verdict == told_of["verdict"]
+        assert read.requested == (None if told_of["requested"] is None else tuple(told_of["requested"]))
+
+
+def test_nothing_of_token_header_body_or_other_claims_is_in_it(tmp_path: Path) -> None:
+    """Only what the policy lists of the claims, nothing of what carried them."""
+    caller = token(plan="premium", email="ada@example.com", sub="secret-subject")
+    call = asks("C", caller=caller, path="/x?q=secret-query", body=b"secret-body", x_secret="secret-header")
+    text = json.dumps(record(load_policy(tmp_path), call, asks("C", caller=caller + "x")))
+    assert not [part for part in ("secret", "example", *caller.split(".")) if part in text]
+
+
+def test_the_same_decision_and_caller_are_written_anew_each_time(tmp_path: Path) -> None:
+    """What is kept of a record is not its id, its time, or its caller's claims."""
+    calls = [
+        asks("A", caller=token(plan="free")),
+        asks("A", caller=token(plan="premium")),
+        asks("A", caller=token(plan="free")),
+    ]
+    told_of = record(load_policy(tmp_path), *calls, *calls)
+    assert [t["claims"]["plan"] for t in told_of] == ["free", "premium", "free"] * 2
+    assert len({t["decision_id"] for t in told_of}) == 6
+
+
+def test_the_shadow_s_opinion_is_in_it(tmp_path: Path) -> None:
+    """`shadow` names the difference, and is absent without a shadow policy."""
+    epoch = snapshot(load_policy(tmp_path))
+    made = Decision(Verdict.DENY, Reason.BAD_GATE)
+    line = Scribe().line(epoch, Request("GET", "/", {}), made, "id", 1.0, Difference.DENY_TO_ALLOW)
+    assert json.loads(line)["shadow"] == "deny_to_allow"
+    assert b"shadow" not in Scribe().line(epoch, Request("GET", "/", {}), made, "id", 1.0)
+
+
+NO_RECORDS = [
+    b"", b"\n", b"{}", b"[]", b"null", b"7", b"{", b"\xff\n", b"[" * 100_000,
+    b'{"time":1}',
+    json.dumps({**json.loads(b"{}"), "verdict": "maybe"}).encode(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_RECORDS)
+def test_what_is_no_record_is_a_value_error(line: bytes) -> None:
+    """Never another error."""
+    with pytest.raises(ValueError, match="not a decision record"):
+        Record.read(line)
+
+
+WRONG = [
+    ("time", "now"), ("time", True), ("time", 1e300), ("time", float("nan")), ("verdict", "maybe"), ("reason", 7),
+    ("requested", [7]), ("requested", 7), ("requested", "AB"), ("serve", [None]), ("decision_id", 7), ("policy", None),
+    ("downgrade", 1), ("anonymous", None), ("claims", []), ("claims", {"iss": []}),
+    ("absent", [1]), ("path", 7), ("method", None), ("tier", 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("member", "value"), WRONG)
+def test_a_member_of_the_wrong_type_is_no_record(tmp_path: Path, member: str, value: Any) -> None:
+    """A log may have been edited."""
+    (good,) = record(load_policy(tmp_path), asks("A"))
+    with pytest.raises(ValueError, match="not a decision record"):
+        Record.read(json.dumps(good | {member: value}).encode())
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(path: Path, max_bytes: int = 1 << 20, keep: int = 2) -> Iterator[DecisionLog]:
+    log = DecisionLog(path, max_bytes, keep)
+    log.start()
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def line(number: int) -> bytes:
+    return b'{"n":%6d}\n' % number
+
+
+def numbers(path: Path) -> list[int]:
+    return [json.loads(text)["n"] for text in path.read_text().splitlines()]
+
+
+def test_lines_come_in_order_and_closing_writes_the_rest(tmp_path: Path) -> None:
+    """Nothing is lost that was added before the end."""
+    path = tmp_path / "decisions.jsonl"
+    with started(path) as log:
+        for n in range(1000):
+            log.add(line(n))
+    assert numbers(path) == list(range(1000))
+    assert log.counts == {"written": 1000, "dropped": 0, "failed": 0}
+
+
+def test_lines_are_written_while_it_runs(tmp_path: Path) -> None:
+    """A line is in the file within a moment; the file is for its owner only."""
+    path = tmp_path / "decisions.jsonl"
+    with started(path) as log:
+        log.add(line(1))
+        wait_until(lambda: log.written == 1, seconds=2)
+        assert numbers(path) == [1]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_of_before_goes_on_and_becomes_private(tmp_path: Path) -> None:
+    """A restart appends; a line that was cut short is ended, so that the next is whole."""
+    path = tmp_path / "decisions.jsonl"
+    path.write_bytes(line(1) + b'{"n":00')
+    path.chmod(0o644)
+    with started(path) as log:
+        log.add(line(2))
+    assert path.read_bytes() == line(1) + b'{"n":00\n' + line(2)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_it_turns_over_by_size_and_keeps_the_newest(tmp_path: Path) -> None:
+    """No file is over the size; FILE is the newest, FILE.1 the one before; older ones go."""
+    path = tmp_path / "decisions.jsonl"
+    size = 10 * len(line(0))
+    with started(path, max_bytes=size, keep=2) as log:
+        for n in range(95):
+            log.add(line(n))
+    assert numbers(path) == list(range(90, 95))
+    assert numbers(tmp_path / "decisions.jsonl.1") == list(range(80, 90))
+    assert numbers(tmp_path / "decisions.jsonl.2") == list(range(70, 80))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"decisions.jsonl{n}" for n in ("", ".1", ".2")]
+    assert log.written == 95
+
+
+def test_without_older_files_it_begins_again(tmp_path: Path) -> None:
+    """`keep` 0: only FILE."""
+    path = tmp_path / "decisions.jsonl"
+    with started(path, max_bytes=len(line(0)), keep=0) as log:
+        for n in range(5):
+            log.add(line(n))
+    assert numbers(path) == [4]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_longer_than_a_file_is_written_all_the_same(tmp_path: Path) -> None:
+    """In a file of its own."""
+    path = tmp_path / "decisions.jsonl"
+    with started(path, max_bytes=20) as log:
+        for text in (line(1), b"x" * 50 + b"\n", line(2)):
+            log.add(text)
+    assert path.read_bytes() == line(2)
+    assert (tmp_path / "decisions.jsonl.1").read_bytes() == b"x" * 50 + b"\n"
+
+
+def test_a_file_that_is_taken_away_is_begun_anew(tmp_path: Path) -> None:
+    """Somebody else may turn the file over, too."""
+    path = tmp_path / "decisions.jsonl"
+    with started(path) as log:
+        log.add(line(1))
+        wait_until(lambda: log.written == 1)
+        path.rename(tmp_path / "away")
+        log.add(line(2))
+    assert (numbers(tmp_path / "away"), numbers(path)) == ([1], [2])
+
+
+def test_too_much_at_once_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that waits for the disk is bounded, and add() returns at once."""
+    monkeypatch.setattr(module, "MAX_PENDING", 100 * len(line(0)))
+    path = tmp_path / "decisions.jsonl"
+    log = DecisionLog(path, 1 << 20, 1)
+    for n in range(150):  # nobody takes them yet
+        log.add(line(n))
+    log.start()
+    log.close()
+    assert numbers(path) == list(range(100))
+    assert log.counts == {"written": 100, "dropped": 50, "failed": 0}
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows over `size` bytes: write() fails half way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_loses_records_and_leaves_no_half_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Counted, told once, and over when there is room again."""
+    caplog.set_level(logging.WARNING)
+    path = tmp_path / "decisions.jsonl"
+    with started(path) as log:
+        log.add(line(0))
+        wait_until(lambda: log.written == 1)
+        with full_disk(len(line(0)) + 5):
+            for n in (1, 2):
+                log.add(line(n))
+                wait_until(lambda n=n: log.failed == n)  # type: ignore[misc]
+        log.add(line(3))
+    assert numbers(path) == [0, 3]
+    assert log.counts == {"written": 2, "dropped": 0, "failed": 2}
+    first, second = caplog.messages
+    assert "File too large; decisions go on and their records are lost" in first
+    assert "written again; 2 records were lost" in second
+
+
+def test_a_folder_that_goes_away_comes_back(tmp_path: Path) -> None:
+    """What cannot be opened is tried again with the next lines."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with started(folder / "decisions.jsonl") as log:
+        log.add(line(0))
+        wait_until(lambda: log.written == 1)
+        folder.rename(tmp_path / "away")
+        log.add(line(1))
+        wait_until(lambda: log.failed == 1)
+        folder.mkdir()
+        log.add(line(2))
+    assert numbers(folder / "decisions.jsonl") == [2]
+
+
+@pytest.mark.parametrize("what", ["folder", "fifo", "no folder"])
+def test_what_is_no_file_is_refused_at_start(tmp_path: Path, what: str) -> None:
+    """OSError, at once."""
+    path = tmp_path / "it"
+    if what == "folder":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path = tmp_path / "absent" / "it"
+    with pytest.raises(OSError, match=r"it"):
+        DecisionLog(path, 1000, 1).start()
+
+
+def test_the_witness_writes_what_the_server_decides(tmp_path: Path) -> None:
+    """Check by Check, through a real log."""
+    policy, path = load_policy(tmp_path), tmp_path / "decisions.jsonl"
+
+    async def make() -> None:
+        it = authorization(policy)
+        with started(path) as log:
+            it.witness = Witness(None, log)
+            for _ in range(20):
+                await it.check(asks("A"))
+            await asyncio.sleep(0)
+
+    asyncio.run(make())
+    assert [json.loads(text)["serve"] for text in path.read_text().splitlines()] == [["A"]] * 20

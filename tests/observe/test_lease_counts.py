@@ -1,0 +1,174 @@
+"""What Envoy counts of leases, in `/status`, `srp status` and `/metrics`; and what they tell when Envoy does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from ext_authz.observe import lease_counts, status_text
+from ext_authz.observe.lease_counts import CountsError, LeaseCounter, LeaseCounts, fetch, parse
+from tests.conftest import demo_policy
+from tests.harness import tokens
+from tests.harness.rig import close
+from tests.harness.system import HOST, free_ports, system, wait_for
+
+
+def page(**counts: Any) -> bytes:
+    return json.dumps({"stats": [{"name": f"http.http.{k}", "value": v} for k, v in counts.items()]}).encode()
+
+
+def test_what_was_not_counted_yet_is_0() -> None:
+    """Envoy has a counter from its first count on. A histogram among them is none of ours."""
+    assert parse(b'{"stats": []}') == LeaseCounts()
+    assert parse(page(**{"lua.lease.hits": 3, "ext_authz.disabled": 5})) == LeaseCounts(hits=3, repeated=5)
+    assert parse(b'{"stats": [{"histograms": {}}]}') == LeaseCounts()
+
+
+NO_PAGE = [
+    b"",
+    b"not found",
+    b"\xff",
+    b"[]",
+    b"{}",
+    b'{"stats": {}x',
+    b'{"stats": [1]}',
+    b'{"stats": 1}',
+    b'{"stats": [{"name": 1, "value": 1}]}',
+    b'{"stats": [{"name": "http.http.lua.lease.hits"}]}',
+    page(**{"lua.lease.hits": "3"}),
+    page(**{"lua.lease.hits": -1}),
+    page(**{"lua.lease.hits": True}),
+    b"[" * 60_000,
+]
+
+
+@pytest.mark.parametrize("body", NO_PAGE, ids=lambda b: repr(b[:40]))
+def test_another_page_is_told_as_such(body: bytes) -> None:
+    """Whatever is on that port."""
+    with pytest.raises(CountsError):
+        parse(body)
+
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+async def refreshed(handler: Handler | None) -> LeaseCounter:
+    """A counter that has just asked such an Envoy; None: nobody listens."""
+    (port,) = free_ports(1)
+    counter = LeaseCounter((HOST, port))
+    server = web.Server(handler) if handler else None  # type: ignore[arg-type]
+    if server is not None:
+        listener = await asyncio.get_running_loop().create_server(server, HOST, port)
+    await counter.refresh()
+    if server is not None:
+        await close(listener)
+        await server.shutdown(0.1)
+    return counter
+
+
+async def good(request: web.BaseRequest) -> web.Response:
+    assert (request.method, request.path) == ("GET", "/stats")
+    return web.Response(body=page(**{"lua.lease.hits": 7}))
+
+
+async def bad(_: web.BaseRequest) -> web.Response:
+    return web.Response(status=503)
+
+
+async def elsewhere(_: web.BaseRequest) -> web.Response:
+    return web.Response(status=302, headers={"location": "/quitquitquit"})
+
+
+async def long(_: web.BaseRequest) -> web.Response:
+    return web.Response(body=b" " * (lease_counts.MAX_BYTES + 1))
+
+
+async def silent(_: web.BaseRequest) -> web.Response:
+    await asyncio.sleep(5)
+    return web.Response()
+
+
+async def broken(request: web.BaseRequest) -> web.Response:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+FAILURES: list[tuple[Handler | None, str]] = [
+    (None, "cannot connect: "),
+    (bad, "expected status 200, found 503"),
+    (elsewhere, "expected status 200, found 302"),
+    (long, "the answer holds over 65536 bytes"),
+    (silent, "no answer within 0.2 s"),
+    (broken, "the exchange failed: ServerDisconnectedError"),
+]
+
+
+@pytest.mark.parametrize(("handler", "error"), FAILURES, ids=[e for _, e in FAILURES])
+def test_a_failure_is_told_and_nothing_else(
+    handler: Handler | None, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In time, and with no count that may be out of date."""
+    monkeypatch.setattr(lease_counts, "TIMEOUT", 0.2)
+    counter = asyncio.run(refreshed(handler))
+    told = counter.report()
+    assert told["envoy"] is None
+    assert error in told["error"]
+    assert [(f.name, f.samples[0].value) for f in counter.families()] == [("srp_lease_counts_error", 1)]
+
+
+def test_counts_as_envoy_has_them() -> None:
+    """One GET of one page."""
+    counter = asyncio.run(refreshed(good))
+    assert counter.report() == {
+        "envoy": {"hits": 7, "misses": 0, "stores": 0, "evictions": 0, "errors": 0, "repeated": 0},
+        "error": None,
+    }
+    assert {f.name: f.samples[0].value for f in counter.families()}["srp_lease_hits"] == 7
+
+
+def test_without_an_address_nothing_is_asked() -> None:
+    """`--envoy-admin off`: unknown, and no error."""
+    counter = LeaseCounter(None)
+    asyncio.run(counter.refresh())
+    assert counter.report() == {"envoy": None, "error": None}
+    assert list(counter.families()) == []
+
+
+def test_a_real_envoy_tells() -> None:
+    """Hits, misses and stores are in the status and among the metrics; when Envoy is gone the pages say so and stay."""
+
+    def metrics(port: int) -> str:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=5) as response:
+            return response.read().decode()
+
+    files = {"jwks.json": tokens.jwks("ES256")}
+    with system(demo_policy, {"A": 1, "B": 1, "C": 1, "D": 1}, files, workers=1) as it:
+        wait_for(lambda: bool(it.status()["leases"]["on"]), "leases")
+        for _ in range(5):
+            assert it.send("/x", headers=[("x-expert-names", "A")], body=b"{}").status == 200
+        counts = it.status()["leases"]["envoy"]
+        assert (counts["misses"], counts["stores"], counts["hits"], counts["errors"]) == (1, 1, 4, 0)
+        assert counts == vars_of(asyncio.run(fetch((HOST, it.admin))))
+        assert counts["repeated"] == 4
+        assert "srp_lease_hits_total 4.0" in metrics(it.status_port)
+        shown = status_text.text(it.status())
+        assert "1 granted; since the epoch began 4 hits, 1 misses, 1 stores, 0 evictions; 4 hits in all" in shown
+        it.envoy.stop()
+        assert "cannot connect" in it.status()["leases"]["error"]
+        assert "srp_lease_counts_error 1.0" in metrics(it.status_port)
+        command = [sys.executable, "-m", "ext_authz", "status", "--address", f"{HOST}:{it.status_port}"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "; hits unknown\n! envoy's counters on" in printed
+
+
+def vars_of(counts: LeaseCounts) -> dict[str, int]:
+    return {name: getattr(counts, name) for name in counts.__slots__}

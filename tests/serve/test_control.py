@@ -1,0 +1,81 @@
+"""What the control path does when Envoy does not agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ext_authz.serve.control
+from ext_authz.core.policy import Policy
+from ext_authz.serve.control import Control
+from ext_authz.serve.server import Epoch
+from ext_authz.sources.keys import KeyStore
+from ext_authz.wire.ads import Resources
+from tests.harness import tokens
+from tests.harness.rig import rig
+
+POLICY = """\
+version: 1
+tiers: [low]
+anonymous: low
+issuers:
+  - {{issuer: {issuer}, audiences: [{audience}], algorithms: [ES256], jwks: {{file: jwks.json}}}}
+experts:
+  A: {{tier: low, cluster: expert-a, endpoints: ["127.0.0.1:{port}"]}}
+"""
+
+
+def test_a_nacked_cluster_leaves_the_old_policy_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port of 99999 that slips past: decisions and Envoy stay as they were, and Envoy's words are reported."""
+    good_resources = ext_authz.serve.control.cluster_resources
+
+    def slip(policy: Policy) -> Resources:
+        """The true resources, but for the marked policy, whose port is made one that cannot be."""
+        made = good_resources(policy)
+        if policy.experts["A"].traffic.max_requests != 99:
+            return made
+        return Resources.of({url: tuple(_port_99999(m) for m in messages) for url, messages in made.types.items()})
+
+    monkeypatch.setattr(ext_authz.serve.control, "cluster_resources", slip)
+    path = tmp_path / "policy.yaml"
+    (tmp_path / "jwks.json").write_bytes(tokens.jwks("ES256"))
+    with rig({"A": 1}) as it:
+        port = it.experts["A"][0].port
+        text = POLICY.format(issuer=tokens.ISSUER, audience=tokens.AUDIENCE, port=port)
+        path.write_text(text)
+        installed: list[Epoch] = []
+
+        async def story() -> None:
+            keys = KeyStore()
+            control = Control(path, keys, it.ads, installed.append)
+            try:
+                await control.start()
+                first = control.status.digest
+                path.write_text(text.replace(f'{port}"]', f'{port}"], max_requests: 99'))
+                epochs = len(installed)
+                assert not await control.reload()
+                assert control.status.digest == first
+                assert control.status.error is not None
+                assert "99999" in control.status.error or "port" in control.status.error.lower()
+                assert {e.snapshot.policy.digest for e in installed[epochs:]} <= {first}
+                assert (await it.send("expert-a")).status == 200
+                path.write_text(text + "# mended\n")
+                assert await control.reload()
+                assert control.status.error is None
+                assert installed[-1].snapshot.policy.digest == control.status.digest != first
+            finally:
+                await control.close()
+                await keys.close()
+
+        it.run(story())
+
+
+def _port_99999(message: bytes) -> bytes:
+    from ext_authz.wire.clusters import _TWINS, Cluster  # the injected fault is made in the message that is really sent
+
+    cluster = _TWINS[Cluster].FromString(message)
+    for group in cluster.load_assignment.endpoints:
+        for endpoint in group.lb_endpoints:
+            endpoint.endpoint.address.socket_address.port_value = 99999
+    return bytes(cluster.SerializeToString())

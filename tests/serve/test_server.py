@@ -1,0 +1,625 @@
+"""The server: Check on bytes, fresh keys within bounds, and a real gRPC server on a Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.service.auth.v3 import (
+    AttributeContext,
+    AttributeContextHttpRequest,
+    AttributeContextRequest,
+    CheckRequest,
+)
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import generate_latest
+
+from ext_authz.core.check import Snapshot
+from ext_authz.core.condition import compile_condition
+from ext_authz.core.jwk import parse_jwks
+from ext_authz.core.model import Decision, Reason, Request, Verdict
+from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Issuer, Policy
+from ext_authz.observe.metrics import BUCKETS, Tally, gauge, registry
+from ext_authz.serve import server as server_module
+from ext_authz.serve.server import SERVICE, Authorization, Epoch, Server, unix_path
+from tests.harness import tokens
+from tests.harness.asks import response_of
+from tests.harness.tokens import AUDIENCE, ISSUER
+
+CHECK = f"/{SERVICE}/Check"
+NOW = 1_800_000_000.0
+
+POLICY = Policy(
+    tiers=("low", "high"),
+    experts={"A": Expert("A", 0, "expert-a"), "C": Expert("C", 1, "expert-c")},
+    issuers={ISSUER: Issuer(ISSUER, frozenset({AUDIENCE}), frozenset({"ES256"}))},
+    anonymous=0,
+    clearance=(ClearanceRule(compile_condition('claims.plan == "premium"', "clearance[0].when", 1), 1),),
+    gate=(GateRule("/", exact=False, header="x-expert-names", default=("A",)),),
+    leeway=30,
+    digest="d1",
+)
+
+
+def epoch(policy: Policy = POLICY, *names: str) -> Epoch:
+    """An epoch of `policy` with the ES256 keys of `names`, or with no keys at all."""
+    keys = tuple(key for name in names for key in parse_jwks(tokens.jwks("ES256", name=name)))
+    return Epoch.of(Snapshot(policy, {ISSUER: keys} if keys else {}))
+
+
+def asks(**headers: str) -> bytes:
+    """A CheckRequest; a header's name is written with underscores."""
+    header_map = HeaderMap(
+        headers=[HeaderValue(key=n.replace("_", "-"), raw_value=v.encode("latin-1")) for n, v in headers.items()]
+    )
+    http = AttributeContextHttpRequest(method="GET", path="/x?q", header_map=header_map)
+    return bytes(CheckRequest(attributes=AttributeContext(request=AttributeContextRequest(http=http))))
+
+
+def bearer(name: str = "", **over: Any) -> str:
+    return "Bearer " + tokens.sign(tokens.claims(**{"iat": NOW, "exp": NOW + 300, **over}), name=name)
+
+
+def answer(data: bytes) -> tuple[int, str]:
+    """Status and reason of a CheckResponse; 200 for an OK."""
+    response = response_of(data)
+    ok, denied = response.ok_response, response.denied_response
+    options = ok.response_headers_to_add if ok is not None else denied.headers if denied is not None else []
+    headers = {o.header.key: o.header.value for o in options if o.header is not None}
+    status = 200 if denied is None or denied.status is None else int(denied.status.code)
+    return status, headers["x-srp-reason"]
+
+
+class Keys:
+    """A key store whose `refresh` does what the test says."""
+
+    def __init__(self, refresh: Callable[[], Any] = lambda: None) -> None:
+        self.asked: list[str] = []
+        self.cancelled = False
+        self._refresh = refresh
+
+    async def refresh(self, issuer: str) -> bool:
+        self.asked.append(issuer)
+        try:
+            outcome = self._refresh()
+            if asyncio.iscoroutine(outcome):
+                await outcome
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return True
+
+
+def authorization(first: Epoch | None = None, keys: Keys | None = None) -> tuple[Authorization, Tally]:
+    tally = Tally()
+    return Authorization(first or epoch(), keys or Keys(), tally, clock=lambda: NOW), tally
+
+
+# ---- one check -------------------------------------------------------------------------------------------------------
+
+CHECKS = [
+    # name, CheckRequest, status, reason
+    ("anonymous, default", asks, 200, "permitted"),
+    ("anonymous", lambda: asks(x_expert_names="A"), 200, "permitted"),
+    ("above the tier", lambda: asks(x_expert_names="C"), 403, "tier_too_low"),
+    ("premium", lambda: asks(x_expert_names="C", authorization=bearer(plan="premium")), 200, "permitted"),
+    ("downgrade", lambda: asks(x_expert_names="A,C"), 200, "tier_too_low"),
+    ("unknown", lambda: asks(x_expert_names="Z"), 404, "unknown_expert"),
+    ("bad gate", lambda: asks(x_expert_names="A B"), 400, "bad_gate"),
+    ("bad token", lambda: asks(authorization="Bearer x"), 401, "invalid_token"),
+    ("garbage", lambda: b"\xff\xff", 500, "internal_error"),
+    ("empty", lambda: b"", 400, "no_experts_requested"),
+]
+
+
+@pytest.mark.parametrize(("data", "status", "reason"), [c[1:] for c in CHECKS], ids=[c[0] for c in CHECKS])
+def test_check_answers_bytes_with_bytes(data: Callable[[], bytes], status: int, reason: str) -> None:
+    """Each CheckRequest has its CheckResponse, and each decision is counted once."""
+    service, tally = authorization(epoch(POLICY, ""))
+    assert answer(asyncio.run(service.check(data()))) == (status, reason)
+    verdict = "deny" if status != 200 else "allow" if reason == "permitted" else "downgrade"
+    assert dict(tally.decisions) == {(verdict, reason): 1}
+    assert sum(tally.latency) == 1
+    assert 0 < tally.latency_sum < 5
+    assert tally.rpc_errors == (status == 500)
+
+
+class Broken(dict[str, Any]):
+    """A mapping that fails when it is read, and tells the secret it was asked for."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        raise RuntimeError(f"the token is {key} secret-of-the-request")
+
+
+def test_an_unexpected_error_is_a_denial_that_keeps_the_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever breaks, the answer is 500, the error is counted, and the log has its place and type, not its text."""
+    service, tally = authorization(epoch(replace(POLICY, issuers=Broken())))
+    data = asks(authorization=bearer())
+    with caplog.at_level(logging.DEBUG):
+        assert answer(asyncio.run(service.check(data))) == (500, "internal_error")
+    assert tally.rpc_errors == 1
+    assert dict(tally.decisions) == {(Verdict.DENY, Reason.INTERNAL): 1}
+    (record,) = (r for r in caplog.records if r.name.startswith("srp"))
+    assert record.levelname == "ERROR"
+    assert "RuntimeError" in record.getMessage()
+    assert "identity.py" in record.getMessage()
+    assert "secret" not in caplog.text
+    assert record.exc_info is None
+
+
+def test_an_allowed_request_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Nor does a denial: the audit trail is the access log."""
+    service, _ = authorization(epoch(POLICY, ""))
+    with caplog.at_level(logging.DEBUG, logger="srp"):
+        for data in (asks(), asks(x_expert_names="C"), asks(authorization="Bearer x")):
+            asyncio.run(service.check(data))
+    assert [r for r in caplog.records if r.name.startswith("srp")] == []
+
+
+def test_condition_errors_are_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A rule that fails is counted for every decision it could not help, and warned of once."""
+    service, tally = authorization(epoch(POLICY, ""))
+    data = asks(authorization=bearer())  # without a plan: the clearance rule fails
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            asyncio.run(service.check(data))
+    assert tally.condition_errors == {"clearance[0].when": 3}
+    assert [r.getMessage() for r in caplog.records] == [
+        "condition clearance[0].when could not be evaluated for a caller: counted as no match"
+    ]
+
+
+def test_a_witness_sees_each_decision_after_its_answer() -> None:
+    """It gets the request, the decision and the id that the client was told; if it fails, the answer stands."""
+    seen: list[tuple[Request, Decision, str]] = []
+    service, _ = authorization()
+
+    def witness(snapshot: Snapshot, request: Request, decision: Decision, decision_id: str, now: float) -> None:
+        seen.append((request, decision, decision_id))
+        raise RuntimeError("the disk is full")
+
+    async def run() -> list[bytes]:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        service.witness = witness
+        answers = [await service.check(asks(x_expert_names="A")), await service.check(b"\xff")]
+        assert seen == []
+        await asyncio.sleep(0)
+        return answers
+
+    answers = asyncio.run(run())
+    assert [(request.path, decision.verdict) for request, decision, _ in seen] == [("/x", "allow"), ("", "deny")]
+    assert all(decision_id.encode() in data for (_, _, decision_id), data in zip(seen, answers, strict=True))
+
+
+# ---- fresh keys ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_kid_asks_for_fresh_keys_once() -> None:
+    """The keys that come make a new epoch, and the token is judged by it."""
+    keys = Keys(lambda: setattr(service, "epoch", epoch(replace(POLICY, digest="d2"), "", "new")))
+    service, tally = authorization(epoch(POLICY, ""), keys)
+    data = asyncio.run(service.check(asks(authorization=bearer("new"))))
+    assert answer(data) == (200, "permitted")
+    assert keys.asked == [ISSUER]
+    assert b"d2" in data  # the writer is the new epoch's too
+    assert dict(tally.decisions) == {(Verdict.ALLOW, Reason.PERMITTED): 1}
+
+
+def test_a_new_policy_that_comes_meanwhile_decides() -> None:
+    """What is decided after the wait is decided by the policy of then."""
+    stricter = replace(POLICY, experts={"A": Expert("A", 1, "expert-a")})
+    keys = Keys(lambda: setattr(service, "epoch", epoch(stricter, "new")))
+    service, _ = authorization(epoch(POLICY, ""), keys)
+    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (403, "tier_too_low")
+
+
+STALE = [
+    # name, what the first epoch knows, the token, status, reason
+    ("a kid that stays unknown", ("",), lambda: bearer("eve"), 401, "invalid_token"),
+    ("keys that do not come", (), bearer, 503, "keys_unavailable"),
+]
+
+
+@pytest.mark.parametrize(("known", "token", "status", "reason"), [s[1:] for s in STALE], ids=[s[0] for s in STALE])
+def test_without_fresh_keys_it_is_denied_after_one_attempt(
+    known: tuple[str, ...], token: Callable[[], str], status: int, reason: str
+) -> None:
+    """One refresh, one more look, then the refusal."""
+    keys = Keys()
+    service, _ = authorization(epoch(POLICY, *known), keys)
+    assert answer(asyncio.run(service.check(asks(authorization=token())))) == (status, reason)
+    assert keys.asked == [ISSUER]
+
+
+def test_tokens_that_no_key_could_save_ask_for_none() -> None:
+    """Bad form, strange issuers and bad signatures cost the issuer nothing."""
+    keys = Keys()
+    service, _ = authorization(epoch(POLICY, ""), keys)
+    for token in ("Bearer x", bearer(iss="https://stranger.example.com/"), bearer()[:-8] + "AAAAAAAA", bearer(exp=1)):
+        assert answer(asyncio.run(service.check(asks(authorization=token)))) == (401, "invalid_token")
+    asyncio.run(service.check(asks()))
+    assert keys.asked == []
+
+
+def test_a_refresh_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check waits KEY_WAIT seconds at most, and the wait is within Envoy's 0.5 s."""
+    assert server_module.KEY_WAIT < 0.5
+    monkeypatch.setattr(server_module, "KEY_WAIT", 0.05)
+    keys = Keys(lambda: asyncio.sleep(60))
+    service, _ = authorization(epoch(POLICY, ""), keys)
+    began = time.monotonic()
+    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (401, "invalid_token")
+    assert time.monotonic() - began < 2
+    assert keys.cancelled
+
+
+def test_a_refresh_that_fails_is_a_denial() -> None:
+    """An error of the key store is an unexpected one: 500, never a pass."""
+
+    def fail() -> None:
+        raise OSError("connection to secret-host refused")
+
+    service, tally = authorization(epoch(POLICY, ""), Keys(fail))
+    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (500, "internal_error")
+    assert tally.rpc_errors == 1
+
+
+def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
+    """Over MAX_WAITING of them nobody waits for keys: the answer is that of the keys at hand."""
+
+    async def run() -> None:
+        gate = asyncio.Event()
+        service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
+        unknown = asks(authorization=bearer("new"))
+        slow = [asyncio.create_task(service.check(unknown)) for _ in range(server_module.MAX_WAITING)]
+        await asyncio.sleep(0)
+        assert answer(await service.check(unknown)) == (401, "invalid_token")
+        assert not any(s.done() for s in slow)
+        gate.set()
+        assert {answer(data) for data in await asyncio.gather(*slow)} == {(401, "invalid_token")}
+        waits = asyncio.create_task(service.check(unknown))
+        gate.clear()
+        await asyncio.sleep(0)
+        assert not waits.done()
+        gate.set()
+        await waits
+
+    asyncio.run(run())
+
+
+def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one check waits for keys, another is answered."""
+    monkeypatch.setattr(server_module, "KEY_WAIT", 5)
+
+    async def run() -> None:
+        gate = asyncio.Event()
+        service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
+        slow = asyncio.create_task(service.check(asks(authorization=bearer("new"))))
+        await asyncio.sleep(0)
+        assert answer(await service.check(asks())) == (200, "permitted")
+        assert not slow.done()
+        gate.set()
+        assert answer(await slow) == (401, "invalid_token")
+
+    asyncio.run(run())
+
+
+# ---- the socket ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Where a socket may be: a short path, as sockets need."""
+    with tempfile.TemporaryDirectory(prefix="srp") as folder:
+        yield Path(folder) / "s.sock"
+
+
+@asynccontextmanager
+async def serving(path: Path, *handlers: grpc.GenericRpcHandler) -> AsyncIterator[tuple[Server, Any]]:
+    """A started server on `path` and a channel to it."""
+    server = Server(f"unix:{path}", *(handlers or (authorization()[0].handlers(),)))
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            yield server, channel
+    finally:
+        await server.stop(0)
+
+
+async def start(listen: str) -> None:
+    """Start a server; it has no running loop before."""
+    await Server(listen).start()
+
+
+async def health(channel: Any, service: str = "") -> str:
+    stub = health_pb2_grpc.HealthStub(channel)
+    status = (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+
+def test_a_real_server_answers_on_its_socket(path: Path) -> None:
+    """Check and health over gRPC; garbage is answered too; the socket is nobody's but owner's and group's."""
+
+    async def run() -> None:
+        async with serving(path) as (server, channel):
+            assert server.address == f"unix:{path}"
+            mode = path.stat().st_mode
+            assert stat.S_ISSOCK(mode)
+            assert stat.S_IMODE(mode) & ~0o660 == 0
+            check = channel.unary_unary(CHECK)
+            assert answer(await check(asks(x_expert_names="A"))) == (200, "permitted")
+            assert answer(await check(b"\xff" * 100)) == (500, "internal_error")
+            assert await health(channel) == "SERVING"
+            assert await health(channel, SERVICE) == "SERVING"
+        assert not path.exists()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o117])
+def test_the_sockets_mode_does_not_depend_on_the_umask(path: Path, mask: int) -> None:
+    """At most 0660 whatever the umask, and the umask is as before afterwards."""
+
+    async def run() -> int:
+        async with serving(path):
+            return stat.S_IMODE(path.stat().st_mode)
+
+    before = os.umask(mask)
+    try:
+        assert asyncio.run(run()) & ~0o660 == 0
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+
+
+def test_a_message_that_is_too_large_is_refused(path: Path) -> None:
+    """Above MAX_MESSAGE gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
+
+    async def run() -> None:
+        async with serving(path) as (_, channel):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await channel.unary_unary(CHECK)(b"\x00" * (server_module.MAX_MESSAGE + 1))
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    asyncio.run(run())
+
+
+def test_a_method_that_is_not_there(path: Path) -> None:
+    """Only Check and health are served here."""
+
+    async def run() -> None:
+        async with serving(path) as (_, channel):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await channel.unary_unary(f"/{SERVICE}/Other")(b"")
+            assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    asyncio.run(run())
+
+
+def stale_socket(path: Path) -> None:
+    """What a killed server leaves behind."""
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+
+
+def test_a_stale_socket_is_replaced(path: Path) -> None:
+    """A socket on which nobody listens is in nobody's use."""
+    stale_socket(path)
+
+    async def run() -> None:
+        async with serving(path) as (_, channel):
+            assert answer(await channel.unary_unary(CHECK)(asks())) == (200, "permitted")
+
+    asyncio.run(run())
+
+
+def test_a_socket_in_use_is_left_alone(path: Path) -> None:
+    """A second server does not take the socket of the first, and says why."""
+
+    async def run() -> None:
+        async with serving(path) as (_, channel):
+            with pytest.raises(OSError, match=f"cannot listen on {path}: another server is using it"):
+                await Server(f"unix:{path}").start()
+            assert answer(await channel.unary_unary(CHECK)(asks())) == (200, "permitted")
+
+    asyncio.run(run())
+
+
+def a_file(path: Path) -> None:
+    path.write_text("precious")
+
+
+IN_THE_WAY: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a file", a_file, "exists and is no socket"),
+    ("a folder", Path.mkdir, "exists and is no socket"),
+    ("a link to a file", lambda path: (a_file(path.with_suffix(".txt")), path.symlink_to(path.with_suffix(".txt"))),
+     "exists and is no socket"),
+    ("a link to nothing", lambda path: path.symlink_to("/nonexistent/x"), "cannot listen on"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error"), [i[1:] for i in IN_THE_WAY], ids=[i[0] for i in IN_THE_WAY])
+def test_what_is_no_socket_is_left_alone(path: Path, make: Callable[[Path], Any], error: str) -> None:
+    """OSError, and the thing in the way is still there."""
+    make(path)
+    with pytest.raises(OSError, match=error):
+        asyncio.run(start(f"unix:{path}"))
+    assert os.path.lexists(path)
+
+
+ADDRESSES = [
+    ("no folder", "unix:/nonexistent/s.sock", "its folder does not exist"),
+    ("a long path", f"unix:/tmp/{'x' * 101}", "at most 100 bytes"),
+    ("no host", "srp.invalid:0", "cannot listen on"),
+]
+
+
+@pytest.mark.parametrize(("listen", "error"), [a[1:] for a in ADDRESSES], ids=[a[0] for a in ADDRESSES])
+def test_addresses_that_cannot_be_had(listen: str, error: str) -> None:
+    """OSError that names the address."""
+    with pytest.raises(OSError, match=error):
+        asyncio.run(start(listen))
+
+
+def test_a_port_of_its_own() -> None:
+    """Port 0 takes a free one, and `address` tells which; two servers cannot share it."""
+
+    async def run() -> None:
+        server = Server("127.0.0.1:0", authorization()[0].handlers())
+        await server.start()
+        try:
+            assert not server.address.endswith(":0")
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                assert await health(channel) == "SERVING"
+            with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1"):
+                await Server(server.address).start()
+        finally:
+            await server.stop(0)
+
+    asyncio.run(run())
+
+
+def test_stop_lets_what_runs_finish(path: Path) -> None:
+    """A check under way is answered, a new one is not taken, and the socket is gone from the start of the drain."""
+
+    async def run() -> None:
+        started, gate = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            started.set()
+            await gate.wait()
+
+        service, _ = authorization(epoch(POLICY, ""), Keys(slowly))
+        async with serving(path, service.handlers()) as (server, channel):
+            check = channel.unary_unary(CHECK)
+            running = asyncio.ensure_future(check(asks(authorization=bearer("new"))))
+            await started.wait()
+            stopping = asyncio.create_task(server.stop(5))
+            await _until(lambda: not path.exists())
+            stale_socket(path)  # the next server's, which stopping must not touch
+            assert not stopping.done()
+            gate.set()
+            assert answer(await running) == (401, "invalid_token")
+            await asyncio.wait_for(stopping, 5)
+            assert path.exists()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await check(asks())
+
+    asyncio.run(run())
+
+
+def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
+    """Beyond `max_concurrent` gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
+
+    async def run() -> None:
+        started, gate = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            started.set()
+            await gate.wait()
+
+        service, _ = authorization(epoch(POLICY, ""), Keys(slowly))
+        server = Server(f"unix:{path}", service.handlers(), max_concurrent=1)
+        await server.start()
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            check = channel.unary_unary(CHECK)
+            running = asyncio.ensure_future(check(asks(authorization=bearer("new"))))
+            await started.wait()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await check(asks())
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            gate.set()
+            assert answer(await running) == (401, "invalid_token")
+            assert answer(await check(asks())) == (200, "permitted")
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
+def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that does not end is cut off."""
+    monkeypatch.setattr(server_module, "KEY_WAIT", 60)
+
+    async def run() -> None:
+        started = asyncio.Event()
+
+        async def forever() -> None:
+            started.set()
+            await asyncio.sleep(60)
+
+        service, _ = authorization(epoch(POLICY, ""), Keys(forever))
+        async with serving(path, service.handlers()) as (server, channel):
+            running = asyncio.ensure_future(channel.unary_unary(CHECK)(asks(authorization=bearer("new"))))
+            await started.wait()
+            await asyncio.wait_for(server.stop(0.05), 5)
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+                await running
+
+    asyncio.run(run())
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to pass in 5 s")
+
+
+@pytest.mark.parametrize(
+    ("listen", "path"),
+    [("unix:/run/a.sock", "/run/a.sock"), ("unix:///run/a.sock", "/run/a.sock"), ("127.0.0.1:0", None)],
+)
+def test_unix_path(listen: str, path: str | None) -> None:
+    """The path of a `unix:` address, in either of its forms."""
+    assert unix_path(listen) == (None if path is None else Path(path))
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_prometheus_text() -> None:
+    """Counts come out under their names, buckets are cumulative, and what happened falls into its bucket."""
+    tally = Tally()
+    for seconds in (0.00001, 0.0002, 0.0002, 9.0):
+        tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), seconds)
+    tally.decided(Decision(Verdict.DENY, Reason.TIER_TOO_LOW), BUCKETS[0])
+    tally.condition_errors["clearance[0].when"] += 2
+    tally.rpc_errors += 1
+    text = generate_latest(registry(tally.families, lambda: [gauge("srp_test", "A test.", 1.5)])).decode()
+    lines = set(text.splitlines())
+    assert lines >= {
+        'srp_decisions_total{reason="permitted",verdict="allow"} 4.0',
+        'srp_decisions_total{reason="tier_too_low",verdict="deny"} 1.0',
+        'srp_candidates_total{expert="A"} 4.0',
+        'srp_condition_errors_total{condition="clearance[0].when"} 2.0',
+        "srp_rpc_errors_total 1.0",
+        'srp_check_seconds_bucket{le="5e-05"} 2.0',
+        'srp_check_seconds_bucket{le="0.00025"} 4.0',
+        'srp_check_seconds_bucket{le="0.25"} 4.0',
+        'srp_check_seconds_bucket{le="+Inf"} 5.0',
+        "srp_check_seconds_count 5.0",
+        "srp_test 1.5",
+    }
+
+
+def test_an_empty_tally_is_valid_text() -> None:
+    """Before the first decision every family is there, empty or zero."""
+    text = generate_latest(registry(Tally().families)).decode()
+    for name in ("srp_decisions", "srp_candidates", "srp_condition_errors", "srp_rpc_errors", "srp_check_seconds"):
+        assert f"# TYPE {name}" in text

@@ -1,0 +1,426 @@
+"""What an owner and a worker say to each other, and what either makes of anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc.aio
+import pytest
+
+from ext_authz.core.check import MEMORIES, Memory, Snapshot
+from ext_authz.core.jwk import key_text, parse_jwks
+from ext_authz.core.model import Decision, Reason, Verdict
+from ext_authz.observe.counts import CacheUse, Counts, add_up, counted, ended
+from ext_authz.observe.metrics import Tally
+from ext_authz.policyfile import compile as policy_file
+from ext_authz.serve import frames, worker_process, workers
+from ext_authz.serve.frames import BadFrame, frame, read_to_owner, read_to_worker
+from ext_authz.serve.server import SERVICE, Epoch
+from ext_authz.serve.worker_process import Place, WorkerProcess
+from ext_authz.serve.workers import Workers
+from ext_authz.settings import Settings
+from tests.harness import tokens
+from tests.harness.asks import POLICY, asks, told
+
+DIGEST = policy_file.parse(POLICY, key_files=False).digest
+COUNTS = Counts((("allow", "permitted", 2),), {"A": 2}, {}, 0, 1, (2, *[0] * 10), 0.5, {"tokens": CacheUse(1, 2, 3, 4)})
+
+T = TypeVar("T")
+
+TO_WORKER: list[frames.ToWorker] = [
+    frames.Start(1, "unix:/x.1", 10, 20, 30, "info"),
+    frames.PolicyText("d1", 'experts: "é" # \U0001f600\n', "/etc/policy.yaml"),
+    frames.EpochOf(3, 2, "d1", {tokens.ISSUER: ("k1", "k2")}, "e1", True),
+    frames.Listen(),
+    frames.Ask(7),
+    frames.Refreshed(tokens.ISSUER),
+    frames.Stop(0.5),
+]
+TO_OWNER: list[frames.ToOwner] = [
+    frames.Compiled("d1"),
+    frames.Installed(3, 2),
+    frames.Listening(),
+    frames.Told(7, COUNTS),
+    frames.Told(8, None),
+    frames.Refresh(tokens.ISSUER),
+]
+
+
+def heard(read: Callable[[asyncio.StreamReader], Awaitable[T]], data: bytes, times: int = 1) -> list[T]:
+    """What `read` makes of `data`, with nothing after it."""
+
+    async def play() -> list[T]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        reader.feed_eof()
+        return [await read(reader) for _ in range(times)]
+
+    return asyncio.run(play())
+
+
+def framed(text: bytes) -> bytes:
+    return len(text).to_bytes(4, "big") + text
+
+
+# ---- messages ----
+
+
+@pytest.mark.parametrize("message", TO_WORKER, ids=lambda m: m.kind)
+def test_a_worker_hears_what_was_said(message: frames.ToWorker) -> None:
+    assert heard(read_to_worker, frame(message) * 2, 3) == [message, message, None]
+
+
+@pytest.mark.parametrize("message", TO_OWNER, ids=lambda m: m.kind)
+def test_an_owner_hears_what_was_said(message: frames.ToOwner) -> None:
+    assert heard(read_to_owner, frame(message)) == [message]
+
+
+BAD = [
+    ("no JSON", framed(b"\xff"), "not a message"),
+    ("empty", framed(b""), "not a message"),
+    ("no object", framed(b"[]"), "not a message"),
+    ("no kind", framed(b'{"order": 1}'), "not a message"),
+    ("another kind", framed(b'{"kind": "pickle"}'), "not a message"),
+    ("a part is missing", framed(b'{"kind": "stop"}'), "not a message"),
+    ("another type", framed(b'{"kind": "stop", "drain": "1"}'), "not a message"),
+    ("of the other side", frame(frames.Listening()), "not a message"),
+    ("too long", (frames.MAX_FRAME + 1).to_bytes(4, "big") + b"{", "at most 67108864 are allowed"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_what_is_no_message_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(BadFrame, match=message):
+        heard(read_to_worker, data)
+
+
+@pytest.mark.parametrize("cut", [b"", b"\0\0", framed(b"{}")[:-1]])
+def test_a_frame_that_breaks_off_is_the_end(cut: bytes) -> None:
+    assert heard(read_to_owner, cut) == [None]
+
+
+def test_no_frame_is_too_long_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MAX_FRAME", 100)
+    with pytest.raises(BadFrame, match="at most 100 are allowed"):
+        frame(frames.Compiled("d" * 100))
+
+
+def test_counts_with_other_buckets_are_refused() -> None:
+    text = json.loads(frame(frames.Told(1, COUNTS))[4:])
+    text["counts"]["latency"] = [1]
+    with pytest.raises(BadFrame):
+        heard(read_to_owner, framed(json.dumps(text).encode()))
+
+
+# ---- counts ----
+
+
+def test_counts_add_up() -> None:
+    tally, memory = Tally(), Memory()
+    policy = policy_file.parse(POLICY, key_files=False)
+    tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), 0.0)
+    tally.condition_errors["clearance[0]"] += 1
+    one = counted(tally, memory, memory.snapshot(policy, {}, 1))
+    assert (one.checks, dict(one.experts)) == (1, {"A": 1, "B": 1})
+    total = add_up([one, COUNTS, ended(COUNTS)])
+    assert total.decisions == (("allow", "permitted", 5),)
+    assert total.tally().decisions == {("allow", "permitted"): 5}
+    assert (total.checks, total.leases, total.latency_sum) == (5, 2, one.latency_sum + 1.0)
+    assert total.experts == {"A": 5, "B": 1}
+    assert total.condition_errors == {"clearance[0]": 1}
+    assert total.caches["tokens"] == CacheUse(1, 4, 6, 8)  # what was in the memory of the one that ended is gone
+    assert total.caches.keys() == set(MEMORIES)
+    assert add_up([]) == add_up([Counts()])
+
+
+# ---- a worker's process ----
+
+
+class Owner:
+    """The other end of a worker's standard input."""
+
+    def __init__(self, listen: Path) -> None:
+        self.listen = listen
+        self.process, self.link = worker_process.spawn(listen)
+        self.link.settimeout(20)
+        self._file = self.link.makefile("rb")
+
+    def say(self, *messages: frames.ToWorker) -> None:
+        self.link.sendall(b"".join(map(frame, messages)))
+
+    def hear(self) -> frames.ToOwner:
+        length = int.from_bytes(self._file.read(4), "big")
+        return frames.TO_OWNER.validate_json(self._file.read(length))
+
+    def close(self) -> None:
+        self._file.close()
+        self.link.close()
+
+    def ended(self) -> int:
+        return self.process.wait(5)
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[Owner]:
+    it = Owner(tmp_path / "s.1")
+    try:
+        yield it
+    finally:
+        it.close()
+        it.process.kill()
+        it.process.wait()
+
+
+def start(owner: Owner) -> frames.Start:
+    return frames.Start(1, f"unix:{owner.listen}", 10, 10, 10, "info")
+
+
+def policy_text(directory: Path) -> frames.PolicyText:
+    return frames.PolicyText(DIGEST, POLICY, str(directory / "policy.yaml"))
+
+
+def epoch_of(order: int, *names: str, epoch: int = 1, grants: bool = False) -> frames.EpochOf:
+    """An epoch with the ES256 keys of `names`."""
+    keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)))
+    return frames.EpochOf(order, epoch, DIGEST, {tokens.ISSUER: keys}, f"lease-{epoch}", grants)
+
+
+def reason(listen: Path, caller: str | None) -> str:
+    """Why a worker lets, or does not let, a caller have C."""
+
+    async def play() -> bytes:
+        async with grpc.aio.insecure_channel(f"unix:{listen}") as channel:
+            return bytes(await channel.unary_unary(f"/{SERVICE}/Check")(asks("C", caller=caller), timeout=5))
+
+    return told(asyncio.run(play()))["x-srp-reason"]
+
+
+def test_a_worker_does_what_its_owner_says(owner: Owner, tmp_path: Path) -> None:
+    """It listens when it is told to, decides by the newest epoch, asks for keys that it does not know, and drains."""
+    caller = tokens.sign(tokens.claims(plan="premium"), name="new")
+    owner.say(start(owner), epoch_of(1, "old"), policy_text(tmp_path))
+    assert owner.hear() == frames.Compiled(DIGEST)  # before the epoch, which waits for its policy
+    assert owner.hear() == frames.Installed(1, 1)
+    assert not owner.listen.exists()
+    owner.say(frames.Listen())
+    assert owner.hear() == frames.Listening()
+    assert owner.listen.stat().st_mode & 0o777 == 0o660
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(reason, owner.listen, caller)
+        assert owner.hear() == frames.Refresh(tokens.ISSUER)
+        owner.say(epoch_of(2, "new", epoch=2), frames.Refreshed(tokens.ISSUER))
+        assert owner.hear() == frames.Installed(2, 2)
+        assert answer.result() == "permitted"
+    owner.say(frames.Ask(5), frames.Ask(6))
+    counts = owner.hear()
+    assert isinstance(counts, frames.Told)
+    assert counts.counts is not None
+    assert (counts.order, counts.counts.decisions) == (5, (("allow", "permitted", 1),))
+    assert owner.hear() == frames.Told(6, None)
+    owner.say(epoch_of(3, "new", epoch=2, grants=True))
+    assert owner.hear() == frames.Installed(3, 2)
+    assert reason(owner.listen, None) == "tier_too_low"
+    owner.say(frames.Ask(7))
+    counts = owner.hear()
+    assert isinstance(counts, frames.Told)
+    assert counts.counts is not None
+    assert counts.counts.caches["tokens"].entries == 1  # the same epoch: what it remembers stays
+    owner.say(frames.Stop(1.0))
+    assert owner.hear() == frames.Told(0, None)
+    assert owner.ended() == 0
+    assert not owner.listen.exists()
+
+
+def test_a_worker_without_an_owner_ends(owner: Owner, tmp_path: Path) -> None:
+    owner.say(start(owner), policy_text(tmp_path), epoch_of(1, ""), frames.Listen())
+    while owner.hear() != frames.Listening():
+        pass
+    owner.close()
+    began = time.monotonic()
+    assert owner.ended() == 0
+    assert time.monotonic() - began < 0.5
+    assert not owner.listen.exists()
+
+
+def test_a_worker_that_hears_nonsense_ends(tmp_path: Path) -> None:
+    """A frame too long; a first message that does not say who it is."""
+    owners = [Owner(tmp_path / f"s.{n}") for n in range(2)]
+    for owner, data in zip(owners, (b"\xff" * 4, frame(frames.Listen())), strict=True):
+        owner.link.sendall(data)
+    for owner in owners:
+        assert owner.ended() == 1
+        owner.close()
+
+
+def test_a_worker_is_not_started_by_hand() -> None:
+    command = [sys.executable, "-m", "ext_authz.serve.worker"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert "started by `srp serve --workers`" in done.stderr
+
+
+# ---- the owner ----
+
+
+@asynccontextmanager
+async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
+    """Workers whose one process is a Python script, with the socket to its owner as `link`."""
+
+    def spawn(_: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = f"import socket, time; link = socket.socket(fileno=0); {script}"
+            return subprocess.Popen([sys.executable, "-S", "-c", code], stdin=theirs.fileno()), ours
+
+    async def refresh(_: str) -> None:
+        pass
+
+    monkeypatch.setattr(worker_process, "spawn", spawn)
+    monkeypatch.setattr(workers, "BACKOFF", 0.02)
+    monkeypatch.setattr(workers, "LAST", 0.05)
+    it = Workers(Settings(directory / "policy.yaml", f"unix:{directory}/s", workers=2), refresh)
+    it.start()
+    try:
+        yield it
+    finally:
+        await it.stop(0.0)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("link.send(bytes(4)); time.sleep(60)", "not a message to an owner"),
+        ("link.send(b'\\xff' * 4); time.sleep(60)", "at most"),
+        ("", "it left"),
+    ],
+)
+def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, why: str
+) -> None:
+    async def play() -> None:
+        async with owned(tmp_path, script, monkeypatch) as it:
+            await until(lambda: it.restarts >= 3)
+            assert not it.serving
+            assert it.report()[0]["restarts"] == it.restarts
+
+    asyncio.run(play())
+    assert [r.getMessage() for r in caplog.records if why in r.getMessage()]
+    waits = [float(r.getMessage().split()[-2]) for r in caplog.records if "another comes" in r.getMessage()]
+    assert waits[:3] == [0.02, 0.04, 0.08]
+
+
+def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that decides, and takes over no second epoch, is dead when the owner calls that epoch settled."""
+    script = f"link.send({frame(frames.Installed(1, 1))!r}); time.sleep(60)"
+    monkeypatch.setattr(worker_process, "ANSWER", 0.3)
+    policy = policy_file.parse(POLICY, key_files=False)
+
+    async def play() -> None:
+        async with owned(tmp_path, script, monkeypatch) as it:
+            it.install(Epoch.of(Snapshot(policy, epoch=1)))
+            await it.settled()  # there is nobody yet who decides
+            await until(lambda: bool(it._deciding()))
+            process = it._deciding()[0].process
+            it.install(Epoch.of(Snapshot(policy, epoch=2)))
+            assert not it._is_settled()
+            await it.settled()
+            assert process.returncode == -9
+
+    asyncio.run(play())
+
+
+def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said while it could not hear counts."""
+    script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(TOLD)"
+    script = script.replace("TOLD", repr(frame(frames.Told(1, None))))
+    monkeypatch.setattr(worker_process, "ALIVE", 0.2)
+    for name, seconds in (("ASK", 0.01), ("LOOK", 0.01), ("HELD_UP", 0.1)):
+        monkeypatch.setattr(workers, name, seconds)
+
+    async def play() -> None:
+        async with owned(tmp_path, script, monkeypatch) as it:
+            it.install(Epoch.of(Snapshot(policy_file.parse(POLICY, key_files=False))))
+            await until(lambda: bool(it._deciding()))
+            for _ in range(3):
+                time.sleep(0.3)
+                await asyncio.sleep(0.05)
+            assert it.restarts == 0
+
+    asyncio.run(play())
+
+
+def test_an_owner_that_cannot_look_after_its_workers_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of its own ends all that keep workers, and the workers; who waits for that is told."""
+
+    def fails(_: Workers) -> int:
+        raise RuntimeError("a fault of its own")
+
+    async def play() -> None:
+        async with owned(tmp_path, "time.sleep(60)", monkeypatch) as it:
+            await until(lambda: bool(it._living))
+            (worker,) = it._living
+            monkeypatch.setattr(Workers, "_ask", fails)
+            with pytest.raises(ExceptionGroup) as told:
+                await asyncio.wait_for(it.ended(), 10)
+            assert told.group_contains(RuntimeError, match="a fault of its own")
+            assert worker.process.returncode == -9
+
+    asyncio.run(play())
+
+
+def test_one_process_has_no_workers(tmp_path: Path) -> None:
+    """Without workers nothing is sent, waited for or told."""
+
+    async def play() -> None:
+        async def refresh(_: str) -> None:
+            pass
+
+        it = Workers(Settings(tmp_path / "policy.yaml", f"unix:{tmp_path}/s"), refresh)
+        it.start()
+        await it.prepare("d", b"", tmp_path)
+        it.install(Epoch.of(Snapshot(policy_file.parse(POLICY, key_files=False))))
+        await it.settled()
+        await it.fresh()
+        assert (it.report(), it.restarts, it.counts().checks) == ([], 0, 0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(it.ended(), 0.05)
+        await it.stop(0.0)
+
+    asyncio.run(play())
+
+
+def test_a_worker_is_late_by_the_oldest_epoch_that_it_owes() -> None:
+    """To have taken over an older one in the meantime does not excuse it; to be one behind, each time, does."""
+    nobody: Any = None
+
+    def late(seconds_behind: float) -> str | None:
+        """Why, after five seconds of ten epochs each."""
+        worker = WorkerProcess(Place(1, Path("s.1")), nobody, nobody, began=0.0, listens=True)
+        for order in range(50):
+            now = order / 10
+            worker.owed[order] = now
+            if now >= seconds_behind:
+                worker.has_installed(order - round(10 * seconds_behind), 1)
+            if why := worker.late(now):
+                return why
+        return None
+
+    assert late(0.1) is None
+    assert late(1.9) is None
+    assert late(2.2) == "did not take over an epoch in 2 s"

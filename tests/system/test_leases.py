@@ -1,0 +1,926 @@
+"""Leases: every rule of docs/leases.md, in a real Envoy; what Envoy repeats is what ext_authz would have said."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gzip
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import ext_authz.serve.control
+from ext_authz.core.check import check
+from ext_authz.core.model import Outcome, Request
+from ext_authz.core.policy import Policy
+from ext_authz.serve.app import leasing
+from ext_authz.serve.server import Epoch
+from ext_authz.settings import Settings
+from ext_authz.wire import check as wire
+from ext_authz.wire import lease_filter as leases
+from ext_authz.wire.ads import Resources
+from ext_authz.wire.clusters import TYPE_CLUSTER
+from tests.conftest import demo_policy
+from tests.harness import ROOT, asks, slow, tokens
+from tests.harness.leased import Answer, Leased, Proxy, leased, wait_for, without_leases
+from tests.harness.system import HOST, free_ports, system
+
+PREMIUM = tokens.sign(tokens.claims(plan="premium"))
+FREE = tokens.sign(tokens.claims(plan="free"))
+
+LEEWAY = 1.0  # of the policy, in seconds
+OWN = {"x-srp-decision-id", "x-request-id", "date", "content-length"}  # differ from answer to answer
+
+
+@pytest.fixture(scope="module")
+def it() -> Iterator[Leased]:
+    """ext_authz, one Envoy with leases and, second, one without."""
+    with leased() as made:
+        made.add_proxy()
+        made.add_proxy(without_leases)
+        made.granting()
+        yield made
+
+
+@pytest.fixture
+def proxy(it: Leased) -> Proxy:
+    """The Envoy with leases, at the start of an epoch."""
+    it.swap(f"{it.text}# {time.time()}\n")
+    it.granting()
+    return it.proxies[0]
+
+
+# ---- what is leased ----
+
+LEASED: list[tuple[str, dict[str, Any]]] = [
+    ("a token and a header gate", {"token": PREMIUM, "experts": "C"}),
+    ("anonymous", {"experts": "A,B"}),
+    ("the default list", {}),
+    ("a gate without header", {"path": "/always/a"}),
+    ("a downgrade", {"experts": "C", "token": FREE}),
+    ("a downgrade to what was asked for", {"experts": "A,D", "token": FREE}),
+    ("an unknown name beside a known one", {"experts": "A,nobody"}),
+    ("a cluster asked for by x-target-cluster", {"path": "/asked/a", "headers": [("x-target-cluster", "expert-a")]}),
+    ("the other token header", {"headers": [("x-expert-access-token", PREMIUM)], "experts": "C"}),
+    ("no downgrade wanted, none needed", {"headers": [("x-srp-downgrade", "never")], "experts": "A"}),
+    ("a body of known length", {"method": "POST", "body": b"x" * 65_000, "experts": "A"}),
+]
+
+
+@pytest.mark.parametrize(("name", "request_"), LEASED, ids=[n for n, _ in LEASED])
+def test_a_repeated_answer_is_the_first_one(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
+    """Same headers to the client, same headers to the expert, and the id of the decision that granted it."""
+    first, second = proxy.send(**request_), proxy.send(**request_)
+    assert first.status == second.status == 200
+    assert second.id == first.id != ""
+    ours = {k: v for k, v in first.headers.items() if k.startswith("x-srp-")}
+    assert {k: v for k, v in second.headers.items() if k.startswith("x-srp-")} == ours
+    assert shown(second) == shown(first)
+    counters = proxy.counters()
+    assert (counters["misses"], counters["stores"], counters["hits"], counters["errors"]) == (1, 1, 1, 0)
+
+
+NOT_LEASED: list[tuple[str, dict[str, Any]]] = [
+    ("a body gate", {"path": "/route", "method": "POST", "body": b'{"expert_names": ["A"]}'}),
+    ("a body gate without a body", {"path": "/route", "method": "POST"}),
+    ("a denial", {"experts": "D"}),
+    ("a downgrade refused", {"experts": "C", "headers": [("x-srp-downgrade", "never")]}),
+    ("an unknown expert", {"experts": "nobody"}),
+    ("a bad token", {"token": "a.b.c", "experts": "A"}),
+    ("an expert whose allow reads the request", {"experts": "R", "method": "POST"}),
+    ("such an expert beside another", {"experts": "A,R", "method": "POST"}),
+    ("such an expert among those to downgrade to", {"experts": "S"}),
+    ("an expert with `lease: 0`", {"experts": "O"}),
+    ("such an expert beside another", {"experts": "A,O"}),
+    ("a repeated gate header", {"headers": [("x-expert-names", "A"), ("X-Expert-Names", "A")]}),
+    ("a repeated token header", {"headers": [("x-expert-access-token", PREMIUM)] * 2}),
+    ("both token headers", {"token": PREMIUM, "headers": [("x-expert-access-token", PREMIUM)]}),
+    ("a repeated downgrade header", {"experts": "A", "headers": [("x-srp-downgrade", "allow")] * 2}),
+    ("a key over 4 KiB", {"experts": ",".join(["A", *(f"{n:064d}" for n in range(63))])}),
+]
+
+
+@pytest.mark.parametrize(("name", "request_"), NOT_LEASED, ids=[n for n, _ in NOT_LEASED])
+def test_what_is_never_leased(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
+    """Each such request is decided anew, and nothing is stored."""
+    assert not proxy.leased(**request_)
+    assert proxy.counters()["stores"] == 0
+
+
+DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("another token", {"token": PREMIUM, "experts": "A"}, {"token": FREE, "experts": "A"}),
+    ("no token", {"token": PREMIUM, "experts": "A"}, {"experts": "A"}),
+    ("other experts", {"experts": "A"}, {"experts": "B"}),
+    ("another order", {"experts": "A,B"}, {"experts": "B,A"}),
+    ("an empty header", {}, {"experts": ""}),
+    ("another path", {"path": "/a", "experts": "A"}, {"path": "/b", "experts": "A"}),
+    ("another gate", {"path": "/asked/a"}, {"path": "/always"}),
+    ("a wish for a target", {}, {"headers": [("x-target-cluster", "expert-b")]}),
+    ("no downgrade", {"experts": "C"}, {"experts": "C", "headers": [("x-srp-downgrade", "never")]}),
+    ("a header twice", {"experts": "A,B"}, {"experts": "A", "headers": [("x-expert-names", "B")]}),
+    ("the token in the other header", {"token": PREMIUM}, {"headers": [("x-expert-access-token", PREMIUM)]}),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "other"), DIFFERENT, ids=[n for n, _, _ in DIFFERENT])
+def test_a_lease_is_for_its_own_key(proxy: Proxy, name: str, first: dict[str, Any], other: dict[str, Any]) -> None:
+    """What differs in anything that a decision reads does not find the lease."""
+    assert proxy.leased(**first)
+    assert proxy.send(**other).id != proxy.send(**first).id
+
+
+SAME: list[tuple[str, dict[str, Any]]] = [
+    ("a query", {"path": "/x?a=b", "experts": "A"}),
+    ("a header that no decision reads", {"experts": "A", "headers": [("x-team", "red")]}),
+    ("a name in other letters", {"headers": [("X-EXPERT-NAMES", "A")]}),
+    ("another method", {"experts": "A", "method": "POST", "body": b"{}"}),
+    ("what only we may write", {"experts": "A", "headers": [("x-srp-subject", "root"), ("x-srp-tier", "high")]}),
+    ("limits of Envoy's", {"experts": "A", "headers": [("x-envoy-max-retries", "9"), ("x-envoy-retry-on", "5xx")]}),
+]
+
+
+@pytest.mark.parametrize(("name", "request_"), SAME, ids=[n for n, _ in SAME])
+def test_a_lease_covers_what_no_decision_reads(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
+    """And a client's own values of our headers reach the expert no more than without a lease."""
+    first = proxy.send(experts="A")
+    other = proxy.send(**request_)
+    assert other.id == first.id
+    assert first.upstream is not None
+    assert other.upstream is not None
+    for name in ("x-srp-subject", "x-srp-tier", "x-envoy-max-retries", "x-envoy-retry-on", "x-target-cluster"):
+        assert other.upstream.get(name) == first.upstream.get(name)
+
+
+def test_a_token_reaches_no_expert(proxy: Proxy) -> None:
+    """Leased or not; nor do the headers that only the decision reads."""
+    for _ in range(2):
+        answer = proxy.send(
+            token=PREMIUM, experts="C", headers=[("x-srp-downgrade", "never"), ("x-target-cluster", "a")]
+        )
+        assert answer.upstream is not None
+        assert answer.upstream["x-srp-subject"] == "ada"
+        assert not {"authorization", "x-srp-downgrade", "x-requested-cluster"} & set(answer.upstream)
+
+
+def test_an_expert_cannot_speak_for_us(it: Leased, proxy: Proxy) -> None:
+    """Its own x-srp headers are removed on a leased answer, too."""
+    it.upstream.headers = {"x-srp-decision": "deny", "x-srp-unknown": "mine"}
+    try:
+        assert proxy.leased(experts="A")
+        answer = proxy.send(experts="A")
+        assert (answer.headers["x-srp-decision"], answer.headers.get("x-srp-unknown")) == ("allow", None)
+    finally:
+        it.upstream.headers = {}
+
+
+def test_a_body_beyond_the_limit_finds_no_lease(proxy: Proxy) -> None:
+    """413 with a warm lease as without, whether the body tells its length or not."""
+    warm = proxy.send(experts="A", method="POST", body=b"{}").id
+    for chunked in (False, True):
+        assert proxy.send(experts="A", method="POST", body=b"x" * 60_000, chunked=chunked).id == warm
+        assert proxy.send(experts="A", method="POST", body=b"x" * 70_000, chunked=chunked).status == 413
+        assert proxy.send(experts="A", method="POST", body=b"x" * 200_000, chunked=chunked).status == 413
+    assert proxy.counters()["errors"] == 0
+
+
+NAMES_A = {"x-expert-names": "A"}
+TRAILERS = slow.frame(slow.HEADERS, slow.END_HEADERS | slow.END_STREAM, slow.literal({"x-t": "1"}))
+LAST_DATA = slow.frame(slow.DATA, slow.END_STREAM, b"12345")
+
+IN_PIECES: list[tuple[str, list[bytes]]] = [
+    ("a body", slow.http1({**NAMES_A, "content-length": "10"}, b"12345", b"67890")),
+    ("a body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"5\r\n12345\r\n", b"0\r\n\r\n")),
+    ("an empty body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"0\r\n\r\n")),
+    ("HTTP/2: a body", slow.http2({**NAMES_A, "content-length": "5"}, LAST_DATA)),
+    ("HTTP/2: a body of unknown length", slow.http2(NAMES_A, LAST_DATA)),
+    ("HTTP/2: an empty body", slow.http2(NAMES_A, slow.frame(slow.DATA, slow.END_STREAM))),
+    ("HTTP/2: trailers and no body", slow.http2(NAMES_A, TRAILERS)),
+    ("HTTP/2: a body and trailers", slow.http2(NAMES_A, slow.frame(slow.DATA, 0, b"12345"), TRAILERS)),
+]
+
+
+@pytest.mark.parametrize(("name", "pieces"), IN_PIECES, ids=[n for n, _ in IN_PIECES])
+def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, pieces: list[bytes]) -> None:
+    """It is leased if it is there at once. If not, ext_authz decides when it is, and no expert waits for it."""
+    warm, served = proxy.send(experts="A").id, it.upstream.seen
+
+    def decided(pause: float) -> str:
+        before = len(served)
+        with slow.sent(proxy.port, pieces, pause):
+            wait_for(lambda: len(served) > before, "an answer")
+        return served[-1].headers["x-srp-decision-id"]
+
+    wait_for(lambda: decided(0) == warm, "a hit")
+    with slow.sent(proxy.port, pieces[:-1]):
+        before = len(served)
+        time.sleep(0.05)
+        assert len(served) == before
+    assert decided(0.05) != warm
+    assert proxy.counters()["errors"] == 0
+
+
+def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
+    """HTTP/2 frames of another length than `content-length` reach no expert, lease or not."""
+    assert proxy.leased(experts="A")
+    served = len(it.upstream.seen)
+    for length in ("3", "8"):
+        with slow.sent(proxy.port, slow.http2({**NAMES_A, "content-length": length}, LAST_DATA)):
+            time.sleep(0.05)
+    assert len(it.upstream.seen) == served
+
+
+@pytest.mark.parametrize("headers", [[("x-many", "1")] * 88, [(f"x-{n}", "a" * 7000) for n in range(8)]])
+def test_headers_without_room_for_the_decision(it: Leased, proxy: Proxy, headers: list[tuple[str, str]]) -> None:
+    """Envoy refuses what would be over its limits with the decision's own headers: with a warm lease, too."""
+    assert proxy.leased(experts="A")
+    found, expected = (p.send(experts="A", headers=headers) for p in it.proxies)
+    assert found.status == expected.status
+    assert found.id != proxy.send(experts="A").id
+
+
+def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 for a header that ext_authz may not set, each time anew."""
+    traffic = wire._traffic
+    monkeypatch.setattr(wire, "_traffic", lambda experts: {**traffic(experts), "x-forbidden": "1"})
+    it.swap(it.text + "# a header more\n")
+    it.granting()
+    assert [proxy.send(experts="A").status for _ in range(3)] == [503] * 3
+    assert proxy.counters()["stores"] == 0
+
+
+def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
+    """503 of a dead expert: the same with a lease as without."""
+    (dead,) = free_ports(1)
+    it.swap(
+        it.text.replace(
+            f'expert-b, endpoints: ["{HOST}:{it.upstream.port}"]', f'expert-b, endpoints: ["{HOST}:{dead}"]'
+        )
+    )
+    it.granting()
+    first, second = proxy.send(experts="B"), proxy.send(experts="B")
+    assert first.status == 503
+    assert first.id == second.id != ""
+    assert (told(first), first.headers["retry-after"]) == (told(second), second.headers["retry-after"])
+
+
+# ---- what ends a lease ----
+
+
+def test_a_lease_ends_with_its_time(proxy: Proxy) -> None:
+    """`lease: 400ms`, counted from the decision."""
+    began = time.time()
+    first = proxy.send(experts="T")
+    while time.time() < began + 0.3:
+        assert proxy.send(experts="T").id == first.id
+    time.sleep(max(0, began + 0.45 - time.time()))
+    assert proxy.send(experts="T").id != first.id
+
+
+def test_a_token_is_refused_at_its_expiry_under_load(it: Leased, proxy: Proxy) -> None:
+    """exp in 2 s and 1 s of leeway: served until then, by a lease; of what is sent later nothing is."""
+    ends = int(time.time()) + 3
+    token = tokens.sign(tokens.claims(plan="premium", exp=ends - 1))
+    answers = under_load(proxy, token, ends + 0.3)
+    late = [a for began, a in answers if began >= ends]
+    assert late
+    assert {a.status for a in late} == {401}
+    early = [a for began, a in answers if began < ends - 0.2]
+    assert {a.status for a in early} == {200}
+    assert len({a.id for a in early}) < len(early) / 2
+
+
+def test_a_revoked_token_is_refused_100_ms_after_the_ack_under_load(it: Leased, proxy: Proxy) -> None:
+    """By its jti; another token of the same caller goes on."""
+    stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
+    fine = tokens.sign(tokens.claims(plan="premium", jti="fine"))
+    assert proxy.leased(token=fine, experts="C")
+    acked: list[float] = []
+
+    def revoke() -> None:
+        time.sleep(0.3)
+        it.swap(it.text + "revoked: {jti: [stolen]}\n")
+        acked.append(time.time())
+
+    revoking = threading.Thread(target=revoke)
+    revoking.start()
+    answers = under_load(proxy, stolen, time.time() + 1.2)
+    revoking.join()
+    late = [a for began, a in answers if began >= acked[0]]
+    assert len(late) > 5
+    assert {a.status for a in late} == {401}
+    served = [a.id for _, a in answers if a.status == 200]
+    assert len(set(served)) < len(served) / 2
+    assert proxy.send(token=fine, experts="C").status == 200
+
+
+def test_a_rotated_key_ends_the_leases_of_its_tokens(it: Leased, proxy: Proxy) -> None:
+    """All leases, in fact: the next epoch starts empty."""
+    old, new = PREMIUM, tokens.sign(tokens.claims(plan="premium"), name="new")
+    assert proxy.leased(token=old, experts="C")
+    warm = proxy.send(experts="A").id
+    it.rotate("new")
+    try:
+        assert proxy.send(token=old, experts="C").status == 401
+        assert proxy.send(experts="A").id != warm
+        it.granting()
+        assert proxy.leased(token=new, experts="C")
+    finally:
+        it.rotate("")
+
+
+def test_every_new_epoch_starts_empty(it: Leased, proxy: Proxy) -> None:
+    """Even one whose policy differs by a comment only."""
+    first = proxy.send(experts="A")
+    assert proxy.send(experts="A").id == first.id
+    it.swap(it.text + "# a comment\n")
+    second = proxy.send(experts="A")
+    assert (second.status, second.id == first.id) == (200, False)
+
+
+def test_a_policy_without_leases_ends_them(it: Leased, proxy: Proxy) -> None:
+    """`lease: 0`: what was leased is not, and nothing is leased any more, unless an expert says otherwise."""
+    assert proxy.leased(experts="A")
+    it.swap(it.text + "lease: 0\n")
+    assert not proxy.leased(experts="A")
+    assert proxy.leased(experts="T")
+    it.swap(it.text.replace("lease: 400ms", "lease: 0") + "lease: 0\n")
+    assert it.control.lease is None
+    assert not proxy.leased(experts="T")
+
+
+def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None:
+    """Its head came with the lease, its end after it: 401."""
+    stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
+    assert proxy.leased(token=stolen, experts="C")
+    pieces = slow.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
+    served, hits = len(it.upstream.seen), proxy.counters()["disabled"]
+    with slow.sent(proxy.port, pieces[:-1]) as connection:
+        it.swap(it.text + "revoked: {jti: [stolen]}\n")
+        decided = it.decided
+        connection.sendall(pieces[-1])
+        wait_for(lambda: it.decided > decided, "the decision")
+        time.sleep(0.05)
+    assert (len(it.upstream.seen), proxy.counters()["disabled"]) == (served, hits)
+
+
+def test_a_check_under_way_when_its_key_goes(it: Leased, proxy: Proxy) -> None:
+    """It was decided by the old keys and is answered so, but nobody repeats it."""
+    decided, it.held = it.decided, asyncio.Event()
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            late = pool.submit(proxy.send, token=PREMIUM, experts="C")
+            wait_for(lambda: it.decided > decided, "the decision")
+            it.rotate("new")
+            it.loop._loop.call_soon_threadsafe(it.held.set)
+            assert late.result(10).status == 200
+        it.held = None
+        assert proxy.send(token=PREMIUM, experts="C").status == 401
+    finally:
+        it.held = None
+        it.rotate("")
+
+
+def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old policy stays with its epoch: what was leased is, and more is granted."""
+    warm, epoch = proxy.send(experts="A").id, it.control.lease
+    good = ext_authz.serve.control.cluster_resources
+    broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # of a discovery type that there is not
+    answers = iter([broken])
+    monkeypatch.setattr(
+        ext_authz.serve.control, "cluster_resources", lambda policy: next(answers, None) or good(policy)
+    )
+    it.policy.write_text(it.text + "# refused\n")
+    assert not it.run(it.control.reload())
+    assert "refused" in (it.control.status.error or "")
+    it.granting()
+    assert it.control.lease == epoch
+    assert proxy.send(experts="A").id == warm
+    assert proxy.leased(experts="B")
+
+
+def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grants are for an epoch that every Envoy has. The one that has it forgot the last, and gets no new ones."""
+    monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.2)
+    with leased() as it:
+        quick, slow_one = it.add_proxy(), it.add_proxy()
+        it.granting()
+        warm = quick.send(experts="A").id
+        assert quick.send(experts="A").id == warm
+        slow_one.process.send_signal(signal.SIGSTOP)
+        try:
+            it.swap(it.text + "# while one sleeps\n")
+            assert not quick.leased(experts="A")
+            assert quick.send(experts="A").id != warm
+            assert it.control.lease is None
+        finally:
+            slow_one.process.send_signal(signal.SIGCONT)
+        it.granting()
+        assert quick.leased(experts="A")
+        assert slow_one.leased(experts="A")
+
+
+def test_nothing_is_granted_while_a_swap_is_under_way(
+    it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the push to the ACK: the old epoch grants nothing more, the new one nothing yet."""
+    monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.3)
+
+    def grants() -> bool:
+        return "lease" in metadata(it.run(it.authorization.check(asks.asks("A"))))
+
+    assert grants()
+    it.run(it.authorization.check(asks.asks("A")))
+    process = proxy.process
+    process.send_signal(signal.SIGSTOP)  # it will not answer
+    try:
+        it.policy.write_text(it.text + "# while envoy sleeps\n")
+        swapping = asyncio.run_coroutine_threadsafe(it.control.reload(), it.loop._loop)
+        wait_for(lambda: it.control.lease is None, "the end of the grants")
+        while not swapping.done():
+            assert not grants()
+            time.sleep(0.02)
+        assert not grants()  # without an answer for so long the policy is in force all the same, leases are not
+        assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
+    finally:
+        process.send_signal(signal.SIGCONT)
+    it.granting()
+    assert grants()
+
+
+def test_a_grant_that_comes_late_is_lost(it: Leased, proxy: Proxy) -> None:
+    """Decided before the swap, answered after it: the new epoch's table does not have it."""
+    decided, it.held = it.decided, asyncio.Event()
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            late = pool.submit(proxy.send, experts="B")
+            wait_for(lambda: it.decided > decided, "the decision")
+            it.swap(it.text + "# meanwhile\n")
+            it.loop._loop.call_soon_threadsafe(it.held.set)
+            answer = late.result(10)
+    finally:
+        it.held = None
+    assert answer.status == 200
+    assert proxy.send(experts="B").id != answer.id
+
+
+def test_the_filter_takes_no_grant_of_another_epoch(it: Leased, proxy: Proxy) -> None:
+    """Whatever ext_authz grants: the filter knows its own epoch only."""
+    true, foreign = it.authorization.epoch, Epoch.of(it.authorization.epoch.snapshot, "another")
+    it.authorization.epoch = replace(foreign, grants=True)
+    try:
+        granted_before = it.tally.leases
+        assert not proxy.leased(experts="A")
+        assert it.tally.leases == granted_before + 2
+        assert proxy.counters()["stores"] == 0
+    finally:
+        it.authorization.epoch = true
+    assert proxy.leased(experts="A")
+
+
+def test_changes_of_keys_within_50_ms_are_one_push(it: Leased, proxy: Proxy) -> None:
+    """Each is an epoch, one filter is sent."""
+    before = proxy.counters()["config_reload"]
+
+    async def burst() -> None:
+        epochs = {it.authorization.epoch.lease}
+        for _ in range(5):
+            it.keys.on_change()
+            epochs.add(it.authorization.epoch.lease)
+            assert not it.authorization.epoch.grants
+            await asyncio.sleep(0.005)
+        assert len(epochs) == 6
+
+    it.run(burst())
+    it.granting()
+    wait_for(lambda: proxy.counters()["config_reload"] > before, "the push")
+    assert proxy.counters()["config_reload"] == before + 1
+
+
+def test_a_clock_that_is_set_back_ends_leases() -> None:
+    """The filter compares both ends. The clock of this machine is not ours to set: this reads the script."""
+    text = (ROOT / "envoy" / "lease.lua").read_text()
+    assert "lease.since <= now and now < lease.expires" in text
+
+
+# ---- without Envoy's half, or without ours ----
+
+
+def test_without_ads_nothing_is_granted() -> None:
+    """An Envoy that never heard of leases gets none, and is served as ever."""
+    with leased() as it:
+        proxy = it.add_proxy(without_leases)
+        assert not proxy.leased(experts="A")
+        assert it.control.lease is None
+        assert it.tally.leases == 0
+
+
+def test_the_table_is_bounded() -> None:
+    """Two generations of 20: of 300 callers at most 40 are remembered, and the first are not."""
+    with leased(entries=20) as it:
+        proxy = it.add_proxy()
+        it.granting()
+        callers = [tokens.sign(tokens.claims(sub=f"caller-{n}")) for n in range(300)]
+        first = [proxy.send(token=t, experts="A").id for t in callers]
+        before = proxy.counters()
+        assert before["stores"] == 300
+        assert before["stores"] - 40 <= before["evictions"] < before["stores"]
+        again = [proxy.send(token=t, experts="A").id for t in reversed(callers)]
+        kept = sum(a == b for a, b in zip(first, reversed(again), strict=True))
+        assert 20 <= kept <= 40
+        assert first[0] != again[-1]
+
+
+def test_ext_authz_gone() -> None:
+    """kill -9: who has a lease goes on until it ends, everybody else gets 503, and nobody gets more than before."""
+
+    token = tokens.sign(tokens.claims(plan="premium", sub="somebody"))
+
+    def policy(ports: Any) -> str:
+        return demo_policy(ports) + "lease: 1s\n"
+
+    def send(caller: str | None, experts: str) -> Any:
+        return it.send("/x", token=caller, headers=[("x-expert-names", experts)], method="POST", body=b"{}")
+
+    with system(policy, {"A": 1, "B": 1, "C": 1, "D": 1}, {"jwks.json": tokens.jwks("ES256")}, workers=1) as it:
+        wait_for(lambda: bool(it.status()["leases"]["on"]), "leases")
+        began = time.time()
+        first = send(token, "C")
+        assert first.status == 200
+        assert it.status()["leases"]["granted"] >= 1
+        it.authz.kill()
+        while time.time() < began + 0.8:
+            answer = send(token, "C")
+            assert (answer.status, answer.headers["x-srp-decision-id"]) == (200, first.headers["x-srp-decision-id"])
+            assert send(FREE, "C").status == send(None, "A").status == send(token, "A").status == 503
+            time.sleep(0.1)
+        time.sleep(max(0, began + 1.2 - time.time()))
+        assert send(token, "C").status == 503
+        it.envoy.stop()
+        lines = [json.loads(line) for line in it.envoy.log.read_text().splitlines() if line.startswith("{")]
+        repeated = [e["srp"] for e in lines if e["srp"]["leased"]]
+        assert len(repeated) >= 3
+        assert {(e["decision_id"], e["decision"], e["candidates"], e["caller_tier"]) for e in repeated} == {
+            (first.headers["x-srp-decision-id"], "allow", "C", "high")
+        }
+        assert "somebody" not in it.envoy.log.read_text()  # the subject is no business of the log's
+
+
+def test_a_witness_sees_every_decision(tmp_path: Path) -> None:
+    """Under a shadow policy or a decision log nothing is leased; nor with a table of no entries."""
+    plain = Settings(tmp_path / "policy.yaml")
+    assert leasing(plain, None) is not None
+    assert leasing(plain, object()) is None  # type: ignore[arg-type]
+    assert leasing(replace(plain, lease_entries=0), None) is None
+
+
+# ---- the grant itself ----
+
+RULES = asks.POLICY + "lease: 20s\n"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A grant as Envoy gets it."""
+
+    epoch: str
+    expires: int
+    headers: dict[str, str]
+
+
+def test_a_grant_ends_with_lease_or_token(tmp_path: Path) -> None:
+    """min(now + lease, exp + leeway)."""
+    policy = asks.load_policy(tmp_path, text=RULES)
+    now = time.time()
+    for life, expected in ((300, now + 20), (5, int(now) + 5 + 30 if int(now) + 35 < now + 20 else now + 20)):
+        caller = asks.token(plan="premium", exp=int(now) + life)
+        assert granted(policy, now, authorization=f"Bearer {caller}", x_expert_names="C") == pytest.approx(expected)
+    short = asks.load_policy(tmp_path, ("version: 1", "version: 1\nleeway: 1s"), text=RULES)
+    caller = asks.token(exp=int(now) + 5)
+    assert granted(short, now, authorization=f"Bearer {caller}", x_expert_names="A") == int(now) + 6
+
+
+def test_the_shortest_lease_counts(tmp_path: Path) -> None:
+    """Of the experts asked for and of those that serve."""
+    policy = asks.load_policy(tmp_path, ("A: {tier: low,", "A: {tier: low, lease: 5s,"), text=RULES)
+    assert granted(policy, 1e9, x_expert_names="B") == 1e9 + 20
+    assert granted(policy, 1e9, x_expert_names="A,B") == 1e9 + 5
+    assert granted(policy, 1e9, x_expert_names="D") == 1e9 + 5  # downgraded to B, A
+    longer = asks.load_policy(tmp_path, ("B: {tier: low,", "B: {tier: low, lease: 1m,"), text=RULES)
+    assert granted(longer, 1e9, x_expert_names="B") == 1e9 + 60
+    off = asks.load_policy(tmp_path, text=asks.POLICY + "lease: 0\n")
+    assert granted(off, 1e9, x_expert_names="B") is None
+    assert leases.possible(policy)
+    assert not leases.possible(off)
+
+
+def test_the_answer_with_a_grant_is_the_answer_without(tmp_path: Path) -> None:
+    """But for the lease in its metadata, which holds exactly what the answer sets for the expert."""
+    policy = asks.load_policy(tmp_path)
+    decision = decided(policy, 1e9, x_expert_names="D").decision
+    writer = wire.Writer(policy, "the epoch")
+    plain = asks.response_of(writer.write(decision, "0123456789abcdef"))
+    with_grant = asks.response_of(writer.grant(decision, "0123456789abcdef", 1e9 + 1.5))
+    assert plain.dynamic_metadata is not None
+    assert with_grant.dynamic_metadata is not None
+    lease = with_grant.dynamic_metadata.fields.pop("lease").struct_value
+    assert with_grant == plain
+    assert lease is not None
+    assert lease.fields["epoch"].string_value == "the epoch"
+    assert lease.fields["expires"].string_value == "1000000001500"
+    held = lease.fields["headers"].struct_value
+    assert held is not None
+    assert plain.ok_response is not None
+    expected = {o.header.key: o.header.value for o in plain.ok_response.headers if o.header}
+    assert {name: value.string_value for name, value in held.fields.items()} == expected
+    assert expected["x-srp-decision-id"] == "0123456789abcdef"
+
+
+def test_the_filter_and_the_server_agree_on_what_decisions_read_and_set(tmp_path: Path) -> None:
+    """The lists in the script are those in the code."""
+    text = (ROOT / "envoy" / "lease.lua").read_text()
+    assert listed(text, "READ") == leases.READ
+    policy = asks.load_policy(tmp_path, ("C: {tier: high,", "C: {tier: high, retry_on: 5xx,"))
+    caller = asks.token(plan="premium", sub="ada")
+    outcome = decided(policy, time.time(), authorization=f"Bearer {caller}", x_expert_names="C,nobody")
+    answer = asks.response_of(wire.Writer(policy).write(outcome.decision, subject=outcome.caller.subject))
+    assert answer.ok_response is not None
+    assert answer.dynamic_metadata is not None
+    assert listed(text, "SET") == {o.header.key for o in answer.ok_response.headers if o.header}
+    assert listed(text, "LOGGED") == set(answer.dynamic_metadata.fields)
+    told = {o.header.key for o in answer.ok_response.response_headers_to_add if o.header}
+    assert {v for v in listed(text, "TOLD") if v.startswith("x-srp-")} == told
+
+
+HOSTILE = ['"', "\\", "\n", "]]", "é", "a\x00b", "%d", "--"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_escapes_from_the_settings(text: str) -> None:
+    """Paths and headers of the policy become Lua strings whatever they hold."""
+    made = leases._lua(text)
+    assert made.isascii()
+    assert made.strip('"').replace("\\", "").isalnum()
+
+
+# ---- the same as without ----
+
+CALLERS = {
+    "nobody": None,
+    "premium": PREMIUM,
+    "free": FREE,
+    "other": tokens.sign(tokens.claims(plan="premium", sub="bob", jti="j-1")),
+    "new key": tokens.sign(tokens.claims(plan="premium"), name="new"),
+    "expired": tokens.sign(tokens.claims(exp=int(time.time()) - 100)),
+    "garbage": "a.b.c",
+}
+
+Header = tuple[str, str]
+
+header = st.one_of(
+    st.tuples(
+        st.sampled_from(["x-expert-names", "X-Expert-Names"]),
+        st.sampled_from(["A", "B", "A,B", "B,A", "C", "D", "A,D", "A, nobody", "R", "S", "T", "O", "", "nobody"]),
+    ),
+    st.tuples(st.sampled_from(["x-srp-downgrade"]), st.sampled_from(["never", "allow", "Allow"])),
+    st.tuples(
+        st.sampled_from(["x-target-cluster", "X-Target-Cluster", "x-requested-cluster"]),
+        st.sampled_from(["expert-a", "expert-d", "A", "expert-b;w=9", "none"]),
+    ),
+    st.tuples(st.sampled_from(["x-srp-subject", "x-srp-tier", "x-srp-decision", "x-srp-decision-id"]), st.just("high")),
+    st.tuples(
+        st.sampled_from(["authorization", "x-expert-access-token"]),
+        st.sampled_from([PREMIUM, f"Bearer {FREE}", "Bearer"]),
+    ),
+    st.tuples(st.just("x-envoy-max-retries"), st.just("9")),
+)
+
+Ask = dict[str, Any]
+
+asked = st.fixed_dictionaries(
+    {
+        "token": st.sampled_from(["nobody", "premium", "free", "other", "new key", "brief", "expired", "garbage"]),
+        "path": st.sampled_from(["/x", "/x?q=1", "/asked/a", "/always", "/route", "/X"]),
+        "headers": st.lists(header, max_size=3),
+        "method": st.sampled_from(["GET", "POST"]),
+        "body": st.sampled_from([None, b'{"expert_names": ["A"]}', b'{"expert_names": ["D"]}', b"{"]),
+    }
+)
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(change(name), value) for name, value in ask["headers"]]}
+
+
+def revalued(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [(name, change(value)) for name, value in ask["headers"]]}
+
+
+def more(*headers: Header) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"headers": [*ask["headers"], *headers]}
+
+
+def moved(change: Callable[[str], str]) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"path": change(ask["path"])}
+
+
+def sent_as(**how: Any) -> Callable[[Ask], Ask]:
+    return lambda ask: ask | {"method": "POST", "body": ask["body"] or b"{}"} | how
+
+
+# A request, told otherwise: each is sent beside the one that it is made of, which may be warm.
+TWISTS: dict[str, Callable[[Ask], Ask]] = {
+    "headers reversed": lambda ask: ask | {"headers": ask["headers"][::-1]},
+    "a header twice": lambda ask: ask | {"headers": [*ask["headers"], *ask["headers"][:1]]},
+    "the names twice": more(("x-expert-names", "A")),
+    "names in capitals": renamed(str.upper),
+    "values in capitals": revalued(str.upper),
+    "values with space around": revalued(lambda value: f"  {value}\t"),
+    "values with a comma": revalued(lambda value: f"{value},"),
+    "two tokens": more(("x-expert-access-token", PREMIUM)),
+    "spoofed": more(("x-srp-subject", "root"), ("x-srp-tier", "high"), ("x-srp-decision-id", "0")),
+    "spoofed limits": more(("x-envoy-upstream-rq-timeout-ms", "1"), ("x-envoy-retry-on", "5xx")),
+    "spoofed target": more(("x-requested-cluster", "expert-d"), ("X-Target-Cluster", "expert-d")),
+    "many headers": more(*[("x-many", str(n)) for n in range(86)]),
+    "another charset": more(("content-type", "application/json; charset=utf-16")),
+    "compressed": lambda ask: sent_as(body=gzip.compress(b"{}"))(more(("content-encoding", "gzip"))(ask)),
+    "a query": moved(lambda path: f"{path}?expert_names=D"),
+    "two slashes": moved(lambda path: f"/{path}"),
+    "a slash at the end": moved(lambda path: f"{path.partition('?')[0]}/"),
+    "dots": moved(lambda path: f"/asked/..{path}"),
+    "out of one gate": moved(lambda path: f"/asked/%2e%2e{path}"),
+    "into another": moved(lambda path: f"{path.partition('?')[0]}/../asked/a"),
+    "an escaped letter": moved(lambda path: path.replace("a", "%61")),
+    "an escaped slash": moved(lambda path: f"/asked%2f..{path}"),
+    "a parameter": moved(lambda path: f"{path.partition('?')[0]};a=b"),
+    "in chunks": sent_as(chunked=True),
+    "slowly": sent_as(pause=0.015),
+    "slowly in chunks": sent_as(pause=0.015, chunked=True),
+}
+
+BASES: list[Ask] = [
+    {"path": "/x", "headers": [("x-expert-names", "A,D"), ("x-srp-downgrade", "allow")], "method": "GET", "body": None},
+    {
+        "path": "/asked/a",
+        "headers": [("x-target-cluster", "expert-b")],
+        "method": "POST",
+        "body": b"{}",
+        "token": PREMIUM,
+    },
+    {"path": "/always", "headers": [("x-expert-access-token", FREE)], "method": "GET", "body": None},
+]
+PLAIN = {"token": "premium", "path": "/x", "headers": [], "method": "GET", "body": None}
+BRIEF = PLAIN | {"token": "brief"}
+
+EDITS = (
+    ("", ""),
+    ("A: {tier: low", "A: {tier: high"),
+    ("D: {tier: high", "D: {tier: low"),
+    ("anonymous: low", "anonymous: deny"),
+    ("downgrade_to: [B]", "downgrade_to: [A]"),
+    ("leeway: 1s", "leeway: 1s\nforward_token: true"),
+    ("leeway: 1s", "leeway: 1s\nrevoked: {jti: [j-1]}"),
+    ("leeway: 1s", "leeway: 1s\nrevoked: {sub: [ada]}"),
+    ("leeway: 1s", "leeway: 1s\nlease: 100ms"),
+    ("- {path: /route, json: /expert_names, default: [A, B]}", "- {path: /route, header: x-expert-names}"),
+    ("- {prefix: /, header: x-expert-names, default: [A, B]}", "- {prefix: /, json: /expert_names, default: [A]}"),
+)
+
+changes = st.one_of(
+    st.tuples(st.just("swap"), st.sampled_from(EDITS)),
+    st.tuples(st.just("keys"), st.sampled_from([("",), ("new",), ("", "new")])),
+    st.tuples(st.just("wait"), st.sampled_from([0.0, 0.1])),
+    st.tuples(st.just("expiry"), st.just(0.15)),
+)
+
+
+@pytest.mark.parametrize("twist", TWISTS)
+def test_a_twisted_request_as_without(it: Leased, proxy: Proxy, twist: str) -> None:
+    """After the request that it is made of has a lease."""
+    cold = it.proxies[1]
+    for ask in BASES:
+        assert proxy.leased(**ask)
+        found, expected = (p.send(**TWISTS[twist](ask)) for p in (proxy, cold))
+        assert told(found) == told(expected)
+        assert shown(found) == shown(expected)
+
+
+def test_with_leases_as_without(it: Leased) -> None:
+    """Requests, policy swaps, rotations, revocations and expiries in any order: two Envoys, one with leases, agree.
+
+    After each change the last requests are sent again, so that whatever outlived the change would show.
+    """
+    warm, cold = it.proxies
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=20, deadline=None, phases=[Phase.reuse, Phase.generate])
+    @given(
+        st.lists(
+            st.tuples(changes, st.lists(st.tuples(asked, st.sampled_from([*TWISTS])), min_size=1, max_size=3)),
+            min_size=3,
+            max_size=6,
+        )
+    )
+    def agree(steps: list[tuple[Any, list[tuple[Ask, str]]]]) -> None:
+        callers = {**CALLERS, "brief": CALLERS["expired"]}
+        ends = 0.0
+
+        def compare(request: Ask) -> None:
+            began, hits = time.time(), it.decided
+            found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
+            if not began < ends <= time.time():  # it ended between the two
+                assert told(found) == told(expected)
+                assert shown(found) == shown(expected)
+            seen["repeated" if it.decided == hits + 1 else "decided"] += 1
+
+        sent: list[Ask] = []
+        for (kind, what), requests in steps:
+            seen[kind] += 1
+            if kind == "swap":
+                it.swap(it.text.replace(*what) + f"# {time.time()}\n")
+            elif kind == "keys":
+                it.rotate(*what)
+            elif kind == "expiry":
+                ends = time.time() + what
+                callers["brief"] = tokens.sign(tokens.claims(plan="premium", exp=ends - LEEWAY))
+                compare(BRIEF)
+                compare(BRIEF)
+                time.sleep(max(0.0, ends - time.time()))
+                compare(BRIEF)
+            else:
+                time.sleep(what)
+            seen.update(twist for _, twist in requests)
+            new = [made for ask, twist in requests for made in (ask, TWISTS[twist](ask))]
+            for request in (PLAIN, *sent[-4:], *new, *new, PLAIN):
+                compare(request)
+            sent += new
+        it.rotate("")
+
+    agree()
+    assert {"swap", "keys", "wait", "expiry"} <= set(seen), "it proves nothing of what was never tried"
+    assert seen["repeated"] > 50, "it proves nothing if all requests are decided anew"
+
+
+# ---- means ----
+
+
+def told(answer: Answer) -> dict[str, Any]:
+    """What a client gets, but for what is each answer's own."""
+    ours = {k: v for k, v in answer.headers.items() if k.startswith("x-srp-") and k not in OWN | {"x-srp-expert"}}
+    code = json.loads(answer.body)["error"]["code"] if answer.status != 200 else None
+    return {"status": answer.status, "code": code, "www": answer.headers.get("www-authenticate"), **ours}
+
+
+def shown(answer: Answer) -> dict[str, str] | None:
+    """What the expert gets, but for what is each request's own."""
+    ours = OWN | {"x-envoy-expected-rq-timeout-ms", "x-forwarded-for", "host"}
+    return None if answer.upstream is None else {k: v for k, v in answer.upstream.items() if k not in ours}
+
+
+def under_load(proxy: Proxy, token: str, until: float) -> list[tuple[float, Answer]]:
+    """Answers to requests for C without pause by four clients, each with the time at which it was sent."""
+
+    def client() -> list[tuple[float, Answer]]:
+        answers = []
+        while time.time() < until:
+            answers.append((time.time(), proxy.send(token=token, experts="C")))
+        return answers
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client) for _ in range(4)]
+        return [answer for c in clients for answer in c.result()]
+
+
+def request_of(**headers: str) -> Request:
+    return Request("GET", "/x", {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def decided(policy: Policy, now: float, **headers: str) -> Outcome:
+    outcome = check(asks.snapshot(policy), request_of(**headers), now)
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def granted(policy: Policy, now: float, **headers: str) -> float | None:
+    return leases.grant(policy, decided(policy, now, **headers), request_of(**headers), now)
+
+
+def metadata(answer: bytes) -> dict[str, Any]:
+    response = asks.response_of(answer)
+    assert response.dynamic_metadata is not None
+    return dict(response.dynamic_metadata.fields)
+
+
+def listed(text: str, name: str) -> set[str]:
+    """The strings in a table of the script."""
+    table = text.partition(f"local {name} = {{")[2].partition("\n}\n" if f"{name} = {{\n" in text else "}\n")[0]
+    return set(table.split('"')[1::2])

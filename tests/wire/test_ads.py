@@ -1,0 +1,410 @@
+"""ADS: every step of the protocol against an Envoy that is played here, and the outcome against a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc.aio
+import pytest
+from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, DiscoveryResponse
+from envoy_data_plane.google.rpc import Status
+
+from ext_authz.core.policy import Endpoint
+from ext_authz.wire.ads import SERVICE, Ads, Kind, Resources
+from tests.harness.rig import FAST, HOST, Rig, policy, rig, until
+
+CLUSTERS, FILTERS = "type.googleapis.com/test.Cluster", "type.googleapis.com/test.Filter"
+ONE, TWO, THREE = (Resources.of({CLUSTERS: (text,)}) for text in (b"one", b"two", b"three"))
+BOTH, NEWER = (Resources.of({CLUSTERS: (b"c%d" % n,), FILTERS: (b"f%d" % n,)}) for n in (1, 2))
+
+# ---- an Envoy that does as it is told ----
+
+
+class FakeEnvoy:
+    """One ADS stream."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._call = channel.stream_stream(f"/{SERVICE}/StreamAggregatedResources")()
+
+    async def ask(self, url: str = CLUSTERS, *, version: str = "", nonce: str = "", names: Sequence[str] = ()) -> None:
+        request = DiscoveryRequest(type_url=url, version_info=version, response_nonce=nonce, resource_names=[*names])
+        await self._call.write(bytes(request))
+
+    async def read(self, seconds: float = 2) -> DiscoveryResponse:
+        data = await asyncio.wait_for(self._call.read(), seconds)
+        assert data is not grpc.aio.EOF
+        return DiscoveryResponse.parse(data)
+
+    async def ack(self, response: DiscoveryResponse, names: Sequence[str] = ()) -> None:
+        await self.ask(response.type_url, version=response.version_info, nonce=response.nonce, names=names)
+
+    async def nack(self, response: DiscoveryResponse, why: str, version: str = "") -> None:
+        request = DiscoveryRequest(type_url=response.type_url, version_info=version, response_nonce=response.nonce)
+        request.error_detail = Status(code=13, message=why)
+        await self._call.write(bytes(request))
+
+    async def silent(self) -> bool:
+        """Whether nothing comes. The read that waits for it is left to the next response."""
+        task = asyncio.ensure_future(self._call.read())
+        done, _ = await asyncio.wait({task}, timeout=0.1)
+        if done:
+            return False
+        task.cancel()  # ends the stream, so this is a test's last step
+        return True
+
+    def leave(self) -> None:
+        self._call.cancel()
+
+
+Play = Callable[[Ads, Callable[[], FakeEnvoy]], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def served(ads: Ads) -> AsyncIterator[Callable[[], FakeEnvoy]]:
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((ads.handlers(),))
+    port = server.add_insecure_port(f"{HOST}:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            yield lambda: FakeEnvoy(channel)
+    finally:
+        await ads.close()
+        await server.stop(0)
+
+
+def play(scene: Play) -> None:
+    """Run a scene; afterwards nothing of it may still be running."""
+
+    async def run() -> None:
+        ads = Ads(settle=0)
+        async with served(ads) as connect:
+            await scene(ads, connect)
+        await until(lambda: ads.connected == 0, "the streams to end")
+        left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task() and "ext_authz" in repr(t.get_coro())]
+        assert not left
+
+    asyncio.run(run())
+
+
+async def publishing(ads: Ads, resources: Resources, timeout: float = 2) -> asyncio.Task[Any]:
+    task = asyncio.create_task(ads.publish(resources, timeout))
+    await asyncio.sleep(0)
+    return task
+
+
+async def acked(envoy: FakeEnvoy) -> str:
+    response = await envoy.read()
+    await envoy.ack(response)
+    return response.version_info
+
+
+# ---- the protocol ----
+
+
+def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        assert (await ads.publish(ONE)).kind is Kind.NO_ENVOY
+        envoy = connect()
+        await envoy.ask()
+        response = await envoy.read()
+        assert (response.version_info, response.type_url) == (ONE.versions[CLUSTERS], CLUSTERS)
+        assert [(r.type_url, r.value) for r in response.resources] == [(CLUSTERS, b"one")]
+        assert ads.acknowledged is None
+        await envoy.ack(response)
+        await until(lambda: ads.acknowledged == ONE.version, "the ACK to be counted")
+        assert ads.connected == 1
+
+    play(scene)
+
+
+def test_what_is_fixed_is_sent_first_and_with_everything() -> None:
+    """It needs no publication of its own, and is no news with the next."""
+
+    async def run() -> None:
+        ads = Ads(settle=0, fixed={"endpoints": (b"fixed",)})
+        async with served(ads) as connect:
+            await ads.publish(ONE)
+            envoy = connect()
+            await envoy.ask("endpoints")
+            response = await envoy.read()
+            assert (response.type_url, [r.value for r in response.resources]) == ("endpoints", [b"fixed"])
+            await envoy.ack(response)
+            await envoy.ask()
+            assert await acked(envoy) == ONE.versions[CLUSTERS]
+            task = await publishing(ads, TWO)
+            assert await acked(envoy) == TWO.versions[CLUSTERS]
+            assert (await task).kind is Kind.ACKED
+
+    asyncio.run(run())
+
+
+def test_publish_ends_when_every_envoy_has_acknowledged() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        first, second = connect(), connect()
+        for envoy in (first, second):
+            await envoy.ask()
+            await acked(envoy)
+        task = await publishing(ads, TWO)
+        assert await acked(first) == TWO.versions[CLUSTERS]
+        response = await second.read()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        await second.ack(response)
+        assert (await task).kind is Kind.ACKED
+        assert ads.acknowledged == TWO.version
+        await second.ack(response)  # a second time
+        assert (await ads.publish(TWO)).kind is Kind.ACKED  # nothing to send
+
+    play(scene)
+
+
+def test_a_refusal_is_told_in_envoys_words_and_taken_back_everywhere() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        good, bad = connect(), connect()
+        for envoy in (good, bad):
+            await envoy.ask()
+            await acked(envoy)
+        task = await publishing(ads, TWO)
+        assert await acked(good) == TWO.versions[CLUSTERS]
+        await bad.nack(await bad.read(), "port 70000 is too large", ONE.versions[CLUSTERS])
+        outcome = await task
+        assert (outcome.kind, outcome.message) == (Kind.NACKED, "port 70000 is too large")
+        assert ads.last_error == "port 70000 is too large"
+        assert await acked(good) == await acked(bad) == ONE.versions[CLUSTERS]
+        late = connect()
+        await late.ask()
+        assert await acked(late) == ONE.versions[CLUSTERS]
+        assert (await ads.publish(ONE)).kind is Kind.ACKED
+        assert (ads.acknowledged, ads.last_error) == (ONE.version, "port 70000 is too large")
+        task = await publishing(ads, THREE)
+        assert {await acked(e) for e in (good, bad, late)} == {THREE.versions[CLUSTERS]}
+        assert (await task).kind is Kind.ACKED
+        assert ads.last_error is None
+
+    play(scene)
+
+
+def test_an_envoy_that_does_not_answer_costs_the_timeout_and_gets_only_the_newest() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        envoy = connect()
+        await envoy.ask()
+        first = await envoy.read()
+        outcome = await ads.publish(TWO, timeout=0.1)
+        assert outcome.kind is Kind.TIMEOUT
+        await ads.publish(THREE, timeout=0.1)
+        second, third = await envoy.read(), await envoy.read()
+        for stale in (first, second):
+            await envoy.ack(stale)
+        await envoy.nack(second, "of no interest any more")
+        await asyncio.sleep(0.05)
+        assert (ads.acknowledged, ads.last_error) == (None, None)
+        await envoy.ack(third)
+        await until(lambda: ads.acknowledged == THREE.version, "the ACK of the newest")
+
+    play(scene)
+
+
+def test_an_envoy_that_goes_is_not_waited_for() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        stays, goes = connect(), connect()
+        for envoy in (stays, goes):
+            await envoy.ask()
+            await acked(envoy)
+        task = await publishing(ads, TWO)
+        await acked(stays)
+        await goes.read()
+        goes.leave()
+        assert (await task).kind is Kind.ACKED
+        task = await publishing(ads, ONE)
+        stays.leave()
+        assert (await task).kind is Kind.NO_ENVOY
+
+    play(scene)
+
+
+def test_an_envoy_that_comes_back_is_served_whatever_it_says_it_has() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(TWO)
+        for version, nonce in (("", ""), (ONE.versions[CLUSTERS], "7"), (TWO.versions[CLUSTERS], "1")):
+            envoy = connect()
+            await envoy.ask(version=version, nonce=nonce)
+            assert await acked(envoy) == TWO.versions[CLUSTERS]
+            envoy.leave()
+
+    play(scene)
+
+
+def test_types_come_in_their_order_the_next_when_the_one_before_is_acknowledged() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(BOTH)
+        envoy = connect()
+        await envoy.ask(FILTERS, names=("lease",))
+        assert (await envoy.read()).type_url == FILTERS  # nobody has asked for clusters yet
+        await envoy.ask()
+        await acked(envoy)
+        task = await publishing(ads, NEWER)
+        response = await envoy.read()
+        assert response.type_url == CLUSTERS
+        await envoy.ack(response)
+        response = await envoy.read()
+        assert (response.type_url, response.resources[0].value) == (FILTERS, b"f2")
+        assert not task.done()
+        await envoy.ack(response, names=("lease",))
+        assert (await task).kind is Kind.ACKED
+        await envoy.ack(response, names=("lease", "another"))  # it asks for one more
+        assert (await envoy.read()).version_info == NEWER.versions[FILTERS]
+
+    play(scene)
+
+
+def test_a_type_that_is_not_served_is_left_without_answer() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        envoy = connect()
+        await envoy.ask("type.googleapis.com/test.Secret", names=("x",))
+        await envoy.ask()
+        assert await acked(envoy) == ONE.versions[CLUSTERS]
+        await until(lambda: ads.acknowledged == ONE.version, "the ACK")
+        assert await envoy.silent()
+
+    play(scene)
+
+
+def test_a_stream_that_makes_no_sense_is_ended_and_the_others_live() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        good, flood, garbage = connect(), connect(), connect()
+        await good.ask()
+        await acked(good)
+        for n in range(20):
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await flood.ask(f"type.googleapis.com/test.T{n}")
+        await garbage._call.write(b"\xff\xff\xff")
+        await until(lambda: ads.connected == 1, "the bad streams to end")
+        task = await publishing(ads, TWO)
+        await acked(good)
+        assert (await task).kind is Kind.ACKED
+
+    play(scene)
+
+
+# ---- a real Envoy ----
+
+
+@pytest.fixture
+def running() -> Iterator[Rig]:
+    with rig({"A": 1, "B": 1}) as it:
+        yield it
+
+
+def test_a_pushed_expert_serves_from_the_first_request_on(running: Rig) -> None:
+    async def scene() -> None:
+        await running.add("C")
+        for _ in range(3):
+            assert (await running.publish(running.policy("AB"))).kind is Kind.ACKED
+            assert (await running.publish(running.policy())).kind is Kind.ACKED
+            assert (await running.send("expert-c")).text == "C"
+        assert running.resources is not None
+        assert running.ads.acknowledged == running.resources.version
+        assert (await running.publish(running.policy())).kind is Kind.ACKED
+
+    running.run(scene())
+
+
+def test_an_expert_that_answers_its_health_check_late_is_waited_for(running: Rig) -> None:
+    async def scene() -> None:
+        (slow,) = await running.add("S")
+        slow.health_delay = 0.05
+        assert (await running.publish(running.policy())).kind is Kind.ACKED
+        assert (await running.send("expert-s")).text == "S"
+
+    running.run(scene())
+
+
+def test_envoy_says_what_it_does_not_accept_and_keeps_what_it_had(running: Rig) -> None:
+    async def scene() -> None:
+        good = running.policy()
+        experts = dict(good.experts)
+        experts["A"] = replace(experts["A"], endpoints=(Endpoint(HOST, 70_000),))
+        outcome = await running.publish(replace(good, experts=experts))
+        assert outcome.kind is Kind.NACKED
+        assert "expert-a" in outcome.message
+        assert "65535" in outcome.message
+        assert (await running.publish(good)).kind is Kind.ACKED
+        assert (await running.send("expert-a")).text == "A"
+        assert running.ads.last_error == outcome.message
+
+    running.run(scene())
+
+
+def test_envoy_restarts(running: Rig) -> None:
+    async def scene() -> None:
+        await running.stop_envoy()
+        await until(lambda: running.ads.connected == 0, "the stream to end")
+        assert (await running.publish(running.policy("A"))).kind is Kind.NO_ENVOY
+        await running.start_envoy()
+        assert (await running.send("expert-a")).text == "A"
+        assert (await running.send("expert-b")).status == 503
+
+    running.run(scene())
+
+
+def test_ext_authz_restarts_and_envoy_keeps_its_clusters_meanwhile(running: Rig) -> None:
+    async def scene() -> None:
+        await running.stop_authz()
+        assert (await running.send("expert-a")).code == "authz_unavailable"
+        clusters = await running.ask_admin("/clusters")
+        assert "expert-a::" in clusters
+        running.experts["A"][0].seen.clear()
+        await running.start_authz()
+        await until(lambda: running.ads.acknowledged is not None, "envoy to come back", running)
+        assert (await running.send("expert-a")).text == "A"
+        await running.add("C")
+        assert (await running.publish(running.policy())).kind is Kind.ACKED
+        assert (await running.send("expert-c")).text == "C"
+
+    running.run(scene())
+
+
+def test_requests_are_served_throughout_a_change_of_experts(running: Rig) -> None:
+    async def scene() -> None:
+        stop = asyncio.Event()
+
+        async def client() -> list[int]:
+            statuses = []
+            while not stop.is_set():
+                statuses.append((await running.send("expert-a,expert-b")).status)
+            return statuses
+
+        clients = [asyncio.create_task(client()) for _ in range(4)]
+        await running.add("C")
+        for names in ("ABC", "AB", "ABC", "BA", "ABC"):
+            assert (await running.publish(running.policy(names))).kind is Kind.ACKED
+        for n in (1, 2, 3):  # the experts' own clusters are replaced
+            assert (await running.publish(running.policy(max_requests=500 + n))).kind is Kind.ACKED
+        stop.set()
+        statuses = [s for c in clients for s in await c]
+        assert set(statuses) == {200}
+        assert len(statuses) > 20
+
+    running.run(scene())
+
+
+def test_a_type_without_a_policy_is_no_reason_to_hang(running: Rig) -> None:
+    """An empty policy is acknowledged too: Envoy drops every expert."""
+
+    async def scene() -> None:
+        empty = policy({}, FAST)
+        assert (await running.publish(empty)).kind is Kind.ACKED
+        assert (await running.send("expert-a")).code == "experts_unavailable"
+
+    running.run(scene())

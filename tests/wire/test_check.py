@@ -1,0 +1,623 @@
+"""The wire: Envoy's bytes to a Request, a Decision to Envoy's bytes; and the twin that parses them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from datetime import datetime
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue, HeaderValueOption
+from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction as AppendAction
+from envoy_data_plane.envoy.service.auth.v3 import (
+    AttributeContext,
+    AttributeContextHttpRequest,
+    AttributeContextRequest,
+    CheckRequest,
+    CheckResponse,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ext_authz.core.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
+from ext_authz.core.policy import Expert, Policy, Traffic, decide
+from ext_authz.wire.check import INTERNAL, Writer, read
+from ext_authz.wire.twin import twins
+from tests.harness.asks import response_of
+from tests.harness.strategies import messages
+
+TWINS = twins(CheckRequest, CheckResponse)
+
+# ---- the twin --------------------------------------------------------------------------------------------------------
+
+
+def same(theirs: Any, twin: Any) -> bool:
+    """Whether a message of envoy-data-plane and its twin agree, field by field and name by name."""
+    for field in fields(theirs):
+        meta, value = field.metadata["betterproto"], getattr(theirs, field.name)
+        if value is None:
+            if twin.HasField(field.name):
+                return False
+            continue
+        other = getattr(twin, field.name)
+        if meta.proto_type == "map":
+            agree = value.keys() == other.keys() and all(alike(v, other[k]) for k, v in value.items())
+        elif meta.repeated:
+            agree = len(value) == len(other) and all(map(alike, value, other))
+        else:
+            agree = alike(value, other) and (not (meta.group or meta.unwrap) or twin.HasField(field.name))
+        if not agree:
+            return False
+    return True
+
+
+def alike(value: Any, other: Any) -> bool:
+    if isinstance(value, datetime):
+        return value.timestamp() == pytest.approx(other.seconds + other.nanos / 1e9, abs=1e-6)
+    if hasattr(other, "DESCRIPTOR"):  # a message, or a wrapped value
+        return bool(value == other.value if isinstance(value, bool) else same(value, other))
+    return bool(value == other)
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
+@pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
+def test_the_twin_reads_what_envoy_data_plane_writes(cls: type) -> None:
+    """Any message comes through the twin and back unchanged, and each field has the same name and value in both."""
+
+    @given(messages(cls))
+    @settings(max_examples=60)
+    def check(theirs: Any) -> None:
+        twin = TWINS[cls].FromString(bytes(theirs))
+        assert same(theirs, twin)
+        assert cls.parse(twin.SerializeToString()) == theirs  # type: ignore[attr-defined]
+
+    check()
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
+@pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
+def test_envoy_data_plane_reads_what_the_twin_writes(cls: type) -> None:
+    """Any message of the twin comes through envoy-data-plane and back unchanged."""
+
+    @given(messages(cls))
+    @settings(max_examples=40)
+    def check(source: Any) -> None:
+        twin = TWINS[cls].FromString(bytes(source))
+        theirs = cls.parse(twin.SerializeToString(deterministic=True))  # type: ignore[attr-defined]
+        assert same(theirs, twin)
+        assert TWINS[cls].FromString(bytes(theirs)) == twin
+
+    check()
+
+
+def test_the_twin_keeps_the_schema() -> None:
+    """Every message, field, number and oneof of envoy-data-plane is in the twin."""
+    assert len(TWINS) > 20
+    for cls, twin in TWINS.items():
+        numbers = {f.name: f.metadata["betterproto"].number for f in fields(cls)}
+        assert numbers == {f.name: f.number for f in twin.DESCRIPTOR.fields}
+        groups = {f.name: f.metadata["betterproto"].group for f in fields(cls)}
+        assert groups == {f.name: f.containing_oneof and f.containing_oneof.name for f in twin.DESCRIPTOR.fields}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def check_request(*headers: tuple[str, bytes], **http: Any) -> bytes:
+    header_map = HeaderMap(headers=[HeaderValue(key=k, raw_value=v) for k, v in headers])
+    asked = AttributeContextHttpRequest(**{"method": "GET", "path": "/", "header_map": header_map, **http})
+    return bytes(CheckRequest(attributes=AttributeContext(request=AttributeContextRequest(http=asked))))
+
+
+READS = [
+    # name, CheckRequest, Request
+    ("method and path", check_request(method="POST", path="/route"), Request("POST", "/route", {})),
+    ("the query is no part of the path", check_request(path="/a?b=/c?d"), Request("GET", "/a", {})),
+    ("an empty query", check_request(path="/a?"), Request("GET", "/a", {})),
+    ("only a query", check_request(path="?a"), Request("GET", "", {})),
+    (
+        "headers",
+        check_request(("x-a", b"1"), (":path", b"/?q"), ("x-b", b"")),
+        Request("GET", "/", {"x-a": "1", ":path": "/?q", "x-b": ""}),
+    ),
+    ("bytes are latin-1", check_request(("x-a", b"caf\xc3\xa9 \xff")), Request("GET", "/", {"x-a": "cafÃ© ÿ"})),
+    (
+        "a repeated header: the first, and named",
+        check_request(("x-a", b"1"), ("x-b", b"2"), ("x-a", b"3"), ("x-a", b"1")),
+        Request("GET", "/", {"x-a": "1", "x-b": "2"}, repeated=frozenset({"x-a"})),
+    ),
+    ("a raw body", check_request(raw_body=b"\xff\x00"), Request("GET", "/", {}, b"\xff\x00")),
+    ("a text body", check_request(body="é"), Request("GET", "/", {}, "é".encode())),
+    ("empty", b"", Request("", "", {})),
+]
+
+
+@pytest.mark.parametrize(("data", "request_"), [r[1:] for r in READS], ids=[r[0] for r in READS])
+def test_reads_a_check_request(data: bytes, request_: Request) -> None:
+    """The Request holds what Envoy saw: path without query, every header, the body as bytes."""
+    assert read(data) == request_
+
+
+def nested(depth: int) -> bytes:
+    """Metadata that holds lists in lists."""
+    request = TWINS[CheckRequest]()
+    value = request.attributes.metadata_context.filter_metadata["x"].fields["y"]
+    for _ in range(depth):
+        value = value.list_value.values.add()
+    return bytes(request.SerializeToString())
+
+
+GARBAGE = [
+    ("text", b"hello"),
+    ("cut short", check_request(("x-a", b"1"))[:-1]),
+    ("a field without its value", b"\x08"),
+    ("a length beyond the end", b"\x0a\xff\xff\xff\xff\x0f"),
+    ("a path that is not UTF-8", check_request(path="/ab").replace(b"/ab", b"/a\xff")),
+    ("nested over 100 deep", nested(60)),
+]
+
+
+@pytest.mark.parametrize("data", [g[1] for g in GARBAGE], ids=[g[0] for g in GARBAGE])
+def test_garbage_is_a_value_error(data: bytes) -> None:
+    """Bytes that are no CheckRequest raise ValueError, whose text holds none of them."""
+    with pytest.raises(ValueError, match=r"^not a CheckRequest$"):
+        read(data)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    """Nothing but ValueError comes of any bytes."""
+    try:
+        read(data)
+    except ValueError:
+        return
+
+
+def test_headers_must_come_raw() -> None:
+    """The `headers` map joins repeated headers: without `encode_raw_headers` nothing is decided."""
+    with pytest.raises(ValueError, match="encode_raw_headers"):
+        read(check_request(headers={"x-a": "1"}))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+POLICY = Policy(
+    tiers=("low", "high"),
+    experts={
+        "A": Expert("A", 0, "expert-a", weight=2),
+        "B": Expert("B", 0, "expert-b"),
+        "C": Expert("C", 1, "expert-c", downgrade_to=("A",)),
+        "D": Expert("D", 1, "expert-d"),
+    },
+    digest="0123456789ab",
+)
+GET = Request("GET", "/", {})
+CALLER = Identity(0, "ada", "https://idp.example.com/", {"org": "acme-claim"})
+ID = re.compile(r"[0-9a-f]{16}")
+
+
+def written(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> CheckResponse:
+    return response_of(Writer(policy).write(decision, subject=subject))
+
+
+def listed(options: list[HeaderValueOption]) -> dict[str, str]:
+    """The headers by name; each must be there once, in `value`, overwriting, and nothing that HTTP cannot hold."""
+    found: dict[str, str] = {}
+    for option in options:
+        assert option.header is not None
+        assert option.header.key not in found
+        assert option.header.raw_value == b""  # Envoy's ext_authz does not read it
+        assert option.append is None
+        assert option.append_action is AppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+        assert re.fullmatch("[ -~]+", option.header.value)
+        found[option.header.key] = option.header.value
+    return found
+
+
+def upstream(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> dict[str, str]:
+    response = written(decision, policy, subject)
+    assert response.ok_response is not None
+    return listed(response.ok_response.headers)
+
+
+def told(decision: Decision) -> dict[str, str]:
+    """The headers for the client."""
+    response = written(decision)
+    if response.ok_response is not None:
+        return listed(response.ok_response.response_headers_to_add)
+    assert response.denied_response is not None
+    return listed(response.denied_response.headers)
+
+
+def metadata(decision: Decision) -> dict[str, str]:
+    response = written(decision)
+    assert response.dynamic_metadata is not None
+    return {name: value.string_value or "" for name, value in response.dynamic_metadata.fields.items()}
+
+
+def asked(*names: str, caller: Identity = CALLER, downgrade: bool = True) -> Decision:
+    return decide(POLICY, caller, names, GET, downgrade)
+
+
+def without_id(headers: Mapping[str, str]) -> dict[str, str]:
+    assert ID.fullmatch(headers["x-srp-decision-id"])
+    return {name: value for name, value in headers.items() if name != "x-srp-decision-id"}
+
+
+DIGEST = {"x-srp-policy": POLICY.digest}
+TRIES = str(Traffic().retries)
+LADDER = str(Traffic().retries + 2 * 2)  # two candidates, each rung of whose ladder may fail twice
+
+OK = [
+    # name, decision, upstream headers, headers told to the client
+    (
+        "allow", asked("B", "A"),
+        {"x-target-cluster": "expert-b;w=1;m=1024,expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "B,A", **DIGEST},
+    ),
+    (
+        "anonymous", asked("A", caller=Identity(0)),
+        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-tier": "low"},
+        {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "A", **DIGEST},
+    ),
+    (
+        "downgrade, with an unknown name", asked("C", "Z"),
+        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {
+            "x-srp-decision": "downgrade", "x-srp-reason": "tier_too_low", "x-srp-requested": "C",
+            "x-srp-unknown": "Z", **DIGEST,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("decision", "sent", "answered"), [o[1:] for o in OK], ids=[o[0] for o in OK])
+def test_what_is_served(decision: Decision, sent: dict[str, str], answered: dict[str, str]) -> None:
+    """An OK sets the target, the verified caller and the traffic limits, and tells the client the verdict."""
+    response = written(decision)
+    assert response.status is None or response.status.code == 0
+    assert response.denied_response is None
+    tries = LADDER if len(decision.serve) > 1 else TRIES
+    limits = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": tries}
+    assert without_id(upstream(decision, subject=sent.get("x-srp-subject", ""))) == {**sent, **limits}
+    assert without_id(told(decision)) == answered
+    assert response.ok_response is not None
+    assert response.ok_response.dynamic_metadata is None  # deprecated, and would hide ours
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_is_taken_out_of_a_request(forward: bool) -> None:
+    """The client's wishes go no further; nor does its token, unless the policy forwards it."""
+    response = written(asked("A"), replace(POLICY, forward_token=forward))
+    assert response.ok_response is not None
+    taken = {"x-requested-cluster", "x-srp-downgrade"} | (
+        set() if forward else {"authorization", "x-expert-access-token"}
+    )
+    assert set(response.ok_response.headers_to_remove) == taken
+
+
+TRAFFIC = [
+    # name, traffic of A, traffic of B, timeout in ms, retries, retry-on
+    ("alike", Traffic(), Traffic(), "60000", LADDER, None),
+    ("the most patient", Traffic(timeout=0.25), Traffic(timeout=30.0), "30000", LADDER, None),
+    ("none is the most patient", Traffic(timeout=0.0), Traffic(timeout=30.0), "0", LADDER, None),
+    ("the most retries", Traffic(retries=0), Traffic(retries=7), "60000", "10", None),
+    ("no retries", Traffic(retries=0), Traffic(retries=0), "60000", "0", None),
+    ("one may not be asked twice after an answer", Traffic(retry_on="5xx"), Traffic(), "60000", LADDER, None),
+    (
+        "all may", Traffic(retry_on="5xx"), Traffic(retry_on="5xx"), "60000", TRIES,
+        "connect-failure,refused-stream,reset-before-request,5xx",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "timeout", "retries", "retry_on"), [t[1:] for t in TRAFFIC], ids=[t[0] for t in TRAFFIC]
+)
+def test_traffic_limits(a: Traffic, b: Traffic, timeout: str, retries: str, retry_on: str | None) -> None:
+    """The candidates' most patient timeout and most retries; 5xx are retried only if all of them say so."""
+    experts = {**POLICY.experts, "A": Expert("A", 0, "a", traffic=a), "B": Expert("B", 0, "b", traffic=b)}
+    headers = upstream(asked("A", "B"), replace(POLICY, experts=experts))
+    assert headers["x-envoy-upstream-rq-timeout-ms"] == timeout
+    assert headers["x-envoy-max-retries"] == retries
+    assert headers.get("x-envoy-retry-on") == retry_on
+
+
+SUBJECTS = [
+    ("ada", "ada"),
+    ("user:1@example.com/a+b?c=d&e", "user:1@example.com/a+b?c=d&e"),
+    ("Zoë", "Zo%C3%AB"),
+    ("a b", "a%20b"),
+    (" ", "%20"),
+    ("100%", "100%25"),
+    ("%0d%0a", "%250d%250a"),
+    ("a\r\nx-srp-tier: high", "a%0D%0Ax-srp-tier:%20high"),
+    ("\x00\x7f\u2028", "%00%7F%E2%80%A8"),
+    ('"quoted"', '"quoted"'),
+]
+
+
+@pytest.mark.parametrize(("subject", "header"), SUBJECTS)
+def test_subjects_are_encoded(subject: str, header: str) -> None:
+    """All but visible ASCII is percent-encoded, and the percent sign with it: no subject is another's."""
+    assert upstream(asked("A"), subject=subject)["x-srp-subject"] == header
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50))
+def test_no_subject_can_inject_a_header(subject: str) -> None:
+    """Whatever the subject, the header is visible ASCII and says it exactly."""
+    header = upstream(asked("A"), subject=subject)["x-srp-subject"]
+    assert re.fullmatch("[!-~]+", header)
+    assert unquote(header) == subject
+
+
+DENIALS: list[tuple[str, Decision, int, dict[str, Any], dict[str, str]]] = [
+    # name, decision, status, error members, headers beyond those of every denial
+    (
+        "tier too low", asked("D", "Z"), 403,
+        {
+            "code": "tier_too_low", "message": "expert D needs tier high, the caller has low",
+            "requested": ["D", "Z"], "required_tier": "high", "caller_tier": "low",
+        },
+        {"x-srp-requested": "D", "x-srp-unknown": "Z"},
+    ),
+    (
+        "downgrade forbidden", asked("C", downgrade=False), 403,
+        {
+            "code": "downgrade_forbidden",
+            "message": "only A may serve this caller, and the request forbids a downgrade",
+            "requested": ["C"], "required_tier": "high", "caller_tier": "low",
+        },
+        {"x-srp-requested": "C"},
+    ),
+    (
+        "unknown expert", asked("Z"), 404,
+        {
+            "code": "unknown_expert", "message": "no such expert: Z", "requested": ["Z"],
+            "required_tier": None, "caller_tier": "low",
+        },
+        {"x-srp-unknown": "Z"},
+    ),
+    (
+        "bad gate", refuse(Refusal(Reason.BAD_GATE, "the body is compressed"), "low"), 400,
+        {
+            "code": "bad_gate", "message": "the body is compressed", "requested": [],
+            "required_tier": None, "caller_tier": "low",
+        },
+        {},
+    ),
+    (
+        "no token", refuse(Refusal(Reason.TOKEN_REQUIRED, "a token is required")), 401,
+        {
+            "code": "token_required", "message": "a token is required", "requested": [],
+            "required_tier": None, "caller_tier": None,
+        },
+        {"www-authenticate": "Bearer"},
+    ),
+    (
+        "bad token", refuse(Refusal(Reason.INVALID_TOKEN, "the token has expired")), 401,
+        {
+            "code": "invalid_token", "message": "the token has expired", "requested": [],
+            "required_tier": None, "caller_tier": None,
+        },
+        {"www-authenticate": 'Bearer error="invalid_token", error_description="the token has expired"'},
+    ),
+    (
+        "bad token, with quotes in the detail", refuse(Refusal(Reason.INVALID_TOKEN, 'an "odd" \\ detail')), 401,
+        {
+            "code": "invalid_token", "message": 'an "odd" \\ detail', "requested": [],
+            "required_tier": None, "caller_tier": None,
+        },
+        {"www-authenticate": "Bearer error=\"invalid_token\", error_description=\"an 'odd' / detail\""},
+    ),
+    (
+        "keys unavailable", refuse(Refusal(Reason.KEYS_UNAVAILABLE, "no keys", "https://idp.example.com/")), 503,
+        {
+            "code": "keys_unavailable", "message": "no keys", "requested": [],
+            "required_tier": None, "caller_tier": None,
+        },
+        {"retry-after": "1"},
+    ),
+    (
+        "internal", INTERNAL, 500,
+        {
+            "code": "internal_error", "message": "the request could not be decided", "requested": [],
+            "required_tier": None, "caller_tier": None,
+        },
+        {},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("decision", "status", "error", "headers"), [d[1:] for d in DENIALS], ids=[d[0] for d in DENIALS]
+)
+def test_denials(decision: Decision, status: int, error: dict[str, Any], headers: dict[str, str]) -> None:
+    """A denial has its status, a JSON body of one schema, and the headers that go with it."""
+    response = written(decision)
+    assert response.ok_response is None
+    assert response.status is not None
+    assert response.status.code != 0
+    denied = response.denied_response
+    assert denied is not None
+    assert denied.status is not None
+    assert denied.status.code == status
+    assert denied.body.endswith("\n")
+    body = json.loads(denied.body)
+    sent = listed(denied.headers)
+    assert body.keys() == {"error"}
+    assert body["error"].pop("decision_id") == sent["x-srp-decision-id"]
+    assert body["error"] == error
+    assert without_id(sent) == {
+        "content-type": "application/json",
+        "cache-control": "no-store",
+        "x-srp-decision": "deny",
+        "x-srp-reason": error["code"],
+        **DIGEST,
+        **headers,
+    }
+
+
+@pytest.mark.parametrize("reason", list(STATUS))
+def test_every_reason_can_be_written(reason: Reason) -> None:
+    """Each denial has the status of its reason, and a status code for gRPC that Envoy takes for a denial."""
+    response = written(Decision(Verdict.DENY, reason, detail="why"))
+    assert response.denied_response is not None
+    assert response.denied_response.status is not None
+    assert response.denied_response.status.code == STATUS[reason]
+    assert response.status is not None
+    assert response.status.code == {401: 16, 503: 14}.get(STATUS[reason], 7)
+    challenged = "www-authenticate" in listed(response.denied_response.headers)
+    assert challenged == (STATUS[reason] == 401)
+
+
+METADATA = [
+    (
+        asked("C", "Z"),
+        {
+            "decision": "downgrade", "reason": "tier_too_low", "requested": "C", "unknown": "Z", "candidates": "A",
+            "caller_tier": "low", "policy": POLICY.digest,
+        },
+    ),
+    (
+        refuse(Refusal(Reason.INVALID_TOKEN, "the token has expired")),
+        {
+            "decision": "deny", "reason": "invalid_token", "requested": "", "unknown": "", "candidates": "",
+            "caller_tier": "", "policy": POLICY.digest,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("decision", "expected"), METADATA, ids=["served", "denied"])
+def test_the_access_log_is_told(decision: Decision, expected: dict[str, str]) -> None:
+    """Dynamic metadata for the access log: the decision, without the subject or any claim."""
+    found = metadata(decision)
+    assert ID.fullmatch(found.pop("decision_id"))
+    assert found.items() >= expected.items()
+    assert "ada" not in found.values()
+
+
+def test_the_subject_and_claims_go_to_the_expert_only() -> None:
+    """A client is not told who it is taken for, a denial even less."""
+    caller = replace(CALLER, subject="subject-of-the-token")
+    for names in (["A"], ["C"], ["Z"]):
+        data = Writer(POLICY).write(decide(POLICY, caller, names, GET, downgrade=False), subject=caller.subject)
+        response = response_of(data)
+        if response.ok_response is not None:
+            response.ok_response.headers = []
+        assert b"subject-of-the-token" not in bytes(response)
+        assert b"acme-claim" not in data
+
+
+def test_ids_are_unique() -> None:
+    """Of 10,000 answers by two writers, alike or not, no two have the same id."""
+    ids = []
+    for writer in (Writer(POLICY), Writer(POLICY)):
+        for decision in (asked("A"), asked("Z")):
+            ids += [ID.findall(writer.write(decision).decode("latin-1"))[0] for _ in range(2500)]
+    assert len(set(ids)) == 10_000
+
+
+@pytest.mark.parametrize("decision", [asked("A", "Z"), asked("C", downgrade=False), INTERNAL], ids=["ok", "no", "oops"])
+def test_written_twice_differs_only_in_the_id(decision: Decision) -> None:
+    """The id is the only thing of a request in a remembered answer, and is the same in every place of it."""
+    writer = Writer(POLICY)
+    first, second = writer.write(decision), writer.write(decision)
+    one, other = headers_id(first), headers_id(second)
+    assert one != other
+    assert first.replace(one, other) == second
+    assert first.count(one) == 3  # headers for the client, metadata, and headers upstream or the body
+    assert metadata_id(first) == one
+
+
+def headers_id(data: bytes) -> bytes:
+    response = response_of(data)
+    ok, denied = response.ok_response, response.denied_response
+    options = ok.response_headers_to_add if ok is not None else denied.headers if denied is not None else []
+    return listed(options)["x-srp-decision-id"].encode()
+
+
+def metadata_id(data: bytes) -> bytes:
+    response = response_of(data)
+    assert response.dynamic_metadata is not None
+    return (response.dynamic_metadata.fields["decision_id"].string_value or "").encode()
+
+
+HEX = st.text("0123456789abcdef", min_size=16, max_size=16)
+
+
+@given(st.lists(HEX, min_size=1, max_size=4), HEX)
+def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> None:
+    """Content of the form of an id is not taken for the id."""
+    policy = replace(POLICY, experts={**POLICY.experts, names[0]: Expert(names[0], 0, names[0])}, digest=names[-1])
+    decision = decide(policy, CALLER, names, GET)
+    writer = Writer(policy)
+    for data in (writer.write(decision, subject=subject), writer.write(decision, subject=subject)):
+        response = response_of(data)
+        assert response.ok_response is not None
+        sent, answered = listed(response.ok_response.headers), listed(response.ok_response.response_headers_to_add)
+        assert sent["x-target-cluster"] == f"{names[0]};w=1;m=1024"
+        assert sent["x-srp-subject"] == subject
+        assert answered["x-srp-policy"] == names[-1]
+        assert answered["x-srp-requested"] == names[0]
+        assert answered.get("x-srp-unknown", "") == ",".join(dict.fromkeys(n for n in names if n != names[0]))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([("A",), ("A", "B"), ("B", "A"), ("C",), ("C", "A"), ("A", "Z"), ("D",), ("E",)]),
+            st.sampled_from([Identity(0), Identity(1), CALLER, Identity(1, "bob"), Identity(0, "x\u00e9 %")]),
+            st.booleans(),
+        ),
+        max_size=20,
+    )
+)
+def test_what_is_made_once_for_many_callers_is_each_ones_own(asked: list[tuple[Any, Identity, bool]]) -> None:
+    """A writer that has answered others answers as a new one does, with and without a lease."""
+    experts = {**POLICY.experts, "E": Expert("E", 1, "e", downgrade_to=("A", "B"), unavailable="downgrade")}
+    policy = replace(POLICY, experts=experts)
+    used = Writer(policy, "epoch")
+    for names, caller, downgrade in asked:
+        decision = decide(policy, caller, names, GET, downgrade)
+        both = used, Writer(policy, "epoch")
+        found, expected = (response_of(w.write(decision, "0" * 16, caller.subject)) for w in both)
+        assert found == expected
+        if decision.serve:
+            granted, fresh = (response_of(w.grant(decision, "0" * 16, 1e9, caller.subject)) for w in both)
+            assert granted == fresh
+            assert found.ok_response is not None
+            sent = {o.header.key: o.header.value for o in found.ok_response.headers if o.header}
+            assert unquote(sent.get("x-srp-subject", "")) == caller.subject
+            assert ("x-srp-subject" in found.ok_response.headers_to_remove) is (caller.subject == "")
+
+
+def test_what_is_kept_of_answers_is_bounded() -> None:
+    """However many decisions it writes, a writer keeps what it made of a thousand at most."""
+    writer = Writer(POLICY)
+    for _ in range(1500):
+        writer.write(asked("A"))
+    assert 1 <= len(writer._prepared) <= 1024
+
+
+NAMES = st.lists(st.from_regex(r"[!-+\--:<-~]{1,64}", fullmatch=True), min_size=1, max_size=64)
+
+
+@given(NAMES, st.booleans(), st.text(max_size=30))
+@settings(max_examples=50)
+def test_whatever_is_asked_the_answer_is_clean(names: list[str], forbid: bool, detail: str) -> None:
+    """Names as the gate lets them pass, and any detail, give headers that HTTP can hold and a body that is JSON."""
+    for decision in (
+        asked(*names, downgrade=not forbid),
+        asked("A", *names),
+        Decision(Verdict.DENY, Reason.INVALID_TOKEN, detail=detail),
+    ):
+        told(decision)
+        response = written(decision)
+        if response.denied_response is not None:
+            json.loads(response.denied_response.body)
