@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import callers, parts
+from ext_authz.core.decide import decide
 from ext_authz.core.model import Identity, Request
-from ext_authz.core.policy import decide
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 from ext_authz.wire import check as wire
 
 SMALL_CACHE = 1000  # tokens that the server for new tokens remembers
@@ -174,7 +174,7 @@ class Bench:
     def _answer(self) -> bytes:
         """What SRP answers to the hot token."""
         path = self.directory / "policy.yaml"
-        policy = policy_file.parse(path.read_bytes(), str(path), self.directory)
+        policy = parse_policy(path.read_bytes(), str(path), self.directory)
         caller = Identity(1, "caller", callers.ISSUER)
         return wire.Writer(policy).write(decide(policy, caller, ("A", "B"), Request("GET", "/", {})))
 

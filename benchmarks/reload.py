@@ -18,7 +18,7 @@ import time
 
 import aiohttp
 
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import tokens
 from tests.harness.system import System, rss, system
@@ -40,7 +40,7 @@ def mount(it: System, number: int, text: str) -> None:
 async def measure(it: System, swaps: int) -> tuple[list[float], int, int]:
     """Seconds from swap to in force, for each swap; answers seen; answers that did not fit the digest they carried."""
     texts = [demo_policy(it.ports), demo_policy(it.ports).replace("C: {tier: high", "C: {tier: low")]
-    digests = [policy_file.parse(t, "policy.yaml", it.directory).digest for t in texts]
+    digests = [parse_policy(t, "policy.yaml", it.directory).digest for t in texts]
     expected = dict(zip(digests, (403, 200), strict=True))
     mount(it, 0, texts[0])
     it.policy.unlink()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from urllib.request import urlopen
 
-from ext_authz.wire.clusters import PAIRS
+from ext_authz.wire.clusters import MAX_PAIRED
 from tests.harness.system import HOST, System, rss, system, wait_for
 
 
@@ -95,8 +95,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for kind, (it, asked) in kinds.items():
                 took[kind].append(ask(it, asked, args.requests))
-        scheme = "a ladder for each pair" if args.experts <= PAIRS else "a ladder for each expert"
-        print(f"{'':32} {'3 x 1':>9} {f'{args.experts} x {args.replicas}':>9}   ({scheme}; pairs up to {PAIRS})")
+        scheme = "a ladder for each pair" if args.experts <= MAX_PAIRED else "a ladder for each expert"
+        print(f"{'':32} {'3 x 1':>9} {f'{args.experts} x {args.replicas}':>9}   ({scheme}; pairs up to {MAX_PAIRED})")
         print(f"{'start to ready, s':32} {few_ready:9.1f} {many_ready:9.1f}")
         memory = [rss(it.envoy.process.pid) / 2**20 for it in (few, many) if it.envoy.process]
         print(f"{'memory of Envoy, MiB':32} {memory[0]:9.0f} {memory[1]:9.0f}")

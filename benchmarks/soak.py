@@ -22,12 +22,13 @@ from types import MappingProxyType
 
 from benchmarks.callers import check_request
 from benchmarks.parts import rss
-from ext_authz.core.check import Memory
 from ext_authz.core.jwk import secret_key
 from ext_authz.core.policy import Policy
+from ext_authz.core.snapshot import CacheSizes
 from ext_authz.observe.metrics import Tally
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.serve.server import Authorization, Epoch
+from ext_authz.policyfile.parse import parse_policy
+from ext_authz.serve.authorization import Authorization
+from ext_authz.serve.epoch import Epoch
 from ext_authz.sources.keys import KeyStore
 
 SECRET = b"a secret of thirty-two bytes or more"
@@ -77,9 +78,9 @@ def asks(n: int, now: int) -> bytes:
 
 async def soak(checks: int, policy: Policy) -> list[int]:
     """Resident memory in bytes: with full caches, in the middle, at the end."""
-    memory, keys = Memory(), MappingProxyType({ISSUER: (secret_key(SECRET),)})
+    sizes, keys = CacheSizes(), MappingProxyType({ISSUER: (secret_key(SECRET),)})
     tally = Tally()
-    authorization = Authorization(Epoch.of(memory.snapshot(policy, keys, 0)), KeyStore(), tally)
+    authorization = Authorization(Epoch.of(sizes.snapshot(policy, keys, 0)), KeyStore(), tally)
     began, now = time.monotonic(), int(time.time())
     told = {min(checks // 8, 500_000): "caches full", checks // 2: "middle", checks: "end"}
     found = []
@@ -89,14 +90,14 @@ async def soak(checks: int, policy: Policy) -> list[int]:
             await authorization.check(request)
         if n % 1_000_000 == 0:
             now = int(time.time())
-            authorization.epoch = Epoch.of(memory.snapshot(policy, keys, n))
+            authorization.epoch = Epoch.of(sizes.snapshot(policy, keys, n))
         if n in told:
             found.append(rss())
             print(
                 f"{told[n]:12} {n:>9,} tokens {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
                 flush=True,
             )
-    print({f"{v.value}/{r.value}": n for (v, r), n in sorted(tally.decisions.items())}, memory.uses)
+    print({f"{v.value}/{r.value}": n for (v, r), n in sorted(tally.decisions.items())}, sizes.counts)
     return found
 
 
@@ -106,7 +107,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="srp-soak-") as made:
         (Path(made) / "secret").write_bytes(SECRET)
-        policy = policy_file.parse(POLICY.encode(), base=Path(made))
+        policy = parse_policy(POLICY.encode(), base=Path(made))
     start, *rest = asyncio.run(soak(args.checks, policy))
     grown = max(rest) / start - 1
     print(f"most after the start: {grown:+.1%}")

@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 from benchmarks import callers
-from ext_authz.core.check import Memory
 from ext_authz.core.jwk import parse_jwks
+from ext_authz.core.snapshot import CacheSizes
 from ext_authz.observe.metrics import Tally
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.serve.server import Authorization, Epoch
+from ext_authz.policyfile.parse import parse_policy
+from ext_authz.serve.authorization import Authorization
+from ext_authz.serve.epoch import Epoch
 from ext_authz.sources.keys import KeyStore
 
 KINDS = {"one token": 1, "new RS256 token each time": 1500}
@@ -33,9 +34,9 @@ async def work(tokens: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="srp-bench-") as made:
         jwks = json.dumps(callers.jwks())
         (Path(made) / "jwks.json").write_text(jwks)
-        policy = policy_file.parse(callers.policy("127.0.0.1:9").encode(), base=Path(made))
+        policy = parse_policy(callers.policy("127.0.0.1:9").encode(), base=Path(made))
     keys = {callers.ISSUER: parse_jwks(jwks.encode())}
-    snapshot = Memory(tokens=1000, decisions=1000).snapshot(policy, keys, 1)
+    snapshot = CacheSizes(tokens=1000, decisions=1000).snapshot(policy, keys, 1)
     authorization = Authorization(Epoch.of(snapshot), KeyStore(), Tally())
     requests = [
         callers.check_request({

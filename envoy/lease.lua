@@ -1,15 +1,21 @@
--- Warm decisions: what ext_authz has decided, repeated for a while without asking it again.
+-- Leases: decisions of ext_authz, repeated for a while without asking it again.
 --
--- Runs before ext_authz. Not a file of Envoy's: ext_authz/leases.py sends this text over ADS, with a line before it
--- that sets SRP: the epoch, the size of the table, the gate's rules and the headers that no expert gets. A new epoch
--- is a new text, and a new text starts with empty tables on every worker thread.
+-- Runs before ext_authz. Envoy does not load this file: ext_authz sends its text over ADS, with a line before it that
+-- sets SRP (ext_authz/wire/lease_filter.py). A new epoch is a new text, and a new text starts with empty tables on
+-- every worker thread.
 --
--- A lease is found by the exact text of all that its decision has read. It is stored when ext_authz grants one, in
--- the dynamic metadata of its answer, and this is the filter of the epoch that it was granted in.
+-- A lease is found by the exact text of everything that its decision read. It is stored when ext_authz grants one, in
+-- the dynamic metadata of its answer, and this is the filter of the epoch that granted it.
 --
--- Whatever goes wrong in here, the request is not marked, and ext_authz decides.
+-- Whatever fails in here, the request is not marked, and ext_authz decides.
 
-local EPOCH, ENTRIES, RULES, REMOVED = SRP.epoch, SRP.entries, SRP.rules, SRP.removed
+local EPOCH, ENTRIES = SRP.epoch, SRP.entries
+local RULES = SRP.rules -- of the gate, in order
+local READ = SRP.read -- what decisions read besides the path and the gate's header
+local TO_EXPERT = SRP.to_expert -- headers that decisions set for the expert
+local TO_CLIENT = SRP.to_client -- headers that tell the client of the decision, by the name of the fact
+local LOGGED = SRP.logged -- names of the facts in the dynamic metadata, for the access log
+local REMOVED = SRP.removed -- the client's headers that no expert gets
 
 local OWN = "srp.lease" -- `hit` in here is what switches ext_authz off (envoy.yaml); only this filter writes it
 local DECISION = "envoy.filters.http.ext_authz"
@@ -19,24 +25,6 @@ local MAX_PENDING = 1024 -- misses that await their answer
 local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
 local MAX_HEADERS, MAX_HEADER_BYTES = 80, 48 * 1024 -- with a decision's still fewer than the limits of envoy.yaml
 local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, well under those that a new epoch waits for
-
--- What decisions read besides the path and the gate's header.
-local READ = { "authorization", "x-expert-access-token", "x-requested-cluster", "x-srp-downgrade" }
-
--- What decisions set for the expert, ...
-local SET = {
-  "x-target-cluster", "x-srp-subject", "x-srp-tier", "x-srp-decision-id",
-  "x-envoy-upstream-rq-timeout-ms", "x-envoy-max-retries", "x-envoy-retry-on",
-}
-
--- ... say to the client ...
-local TOLD = {
-  { "decision", "x-srp-decision" }, { "reason", "x-srp-reason" }, { "requested", "x-srp-requested" },
-  { "unknown", "x-srp-unknown" }, { "decision_id", "x-srp-decision-id" }, { "policy", "x-srp-policy" },
-}
-
--- ... and leave for the access log.
-local LOGGED = { "decision_id", "decision", "reason", "requested", "unknown", "candidates", "caller_tier", "policy" }
 
 -- Two generations: when the young one is full, the old one is dropped whole.
 local function table_of(most)
@@ -97,7 +85,7 @@ local function key_of(headers)
   local path = headers:get(":path") -- `get` of a missing header returns no value at all
   path = path and path:match("^[^?]*")
   local rule = path and rule_of(path)
-  if not rule or rule.body then
+  if not rule or not rule.leasable then
     return nil
   end
   local parts = { #path .. ":" .. path }
@@ -161,12 +149,12 @@ end
 
 local function repeat_decision(handle, lease)
   local headers = handle:headers() -- those of before a wait are out of use
-  for i = 1, #SET do
-    local value = lease.headers[SET[i]]
+  for i = 1, #TO_EXPERT do
+    local value = lease.headers[TO_EXPERT[i]]
     if value then
-      headers:replace(SET[i], value)
+      headers:replace(TO_EXPERT[i], value)
     else
-      headers:remove(SET[i])
+      headers:remove(TO_EXPERT[i])
     end
   end
   handle:clearRouteCache()
@@ -212,9 +200,9 @@ local function store(handle, key, decision)
     return
   end
   local kept, bytes = { since = now, expires = expires, headers = {}, decision = {} }, #key
-  for i = 1, #SET do
-    local value = grant.headers[SET[i]]
-    kept.headers[SET[i]], bytes = value, bytes + #(value or "")
+  for i = 1, #TO_EXPERT do
+    local value = grant.headers[TO_EXPERT[i]]
+    kept.headers[TO_EXPERT[i]], bytes = value, bytes + #(value or "")
   end
   for i = 1, #LOGGED do
     local value = decision[LOGGED[i]]
@@ -236,10 +224,10 @@ function envoy_on_response(handle)
   local decision = metadata:get(DECISION)
   local headers = handle:headers()
   if own.hit then
-    for i = 1, #TOLD do
-      local value = decision[TOLD[i][1]]
+    for i = 1, #TO_CLIENT do
+      local value = decision[TO_CLIENT[i].name]
       if value ~= "" then
-        headers:replace(TOLD[i][2], value)
+        headers:replace(TO_CLIENT[i].header, value)
       end
     end
     return

@@ -1,4 +1,4 @@
-from ext_authz.cli import main
+from ext_authz.cli.main import main
 
 if __name__ == "__main__":
     main()

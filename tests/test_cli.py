@@ -11,10 +11,10 @@ from pathlib import Path
 import jwt
 import pytest
 
-from ext_authz.cli import main
-from ext_authz.demo.demo import POLICY
-from ext_authz.demo.keys import AUDIENCE, ISSUER, DemoKeys
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.cli.main import main
+from ext_authz.demo.files import policy_text
+from ext_authz.demo.keys import ISSUER, DemoKeys
+from ext_authz.policyfile.parse import load_policy
 from tests.harness import ROOT
 
 
@@ -23,7 +23,7 @@ def demo_dir(tmp_path: Path) -> Path:
     """A folder as `srp demo` leaves it."""
     DemoKeys.create(tmp_path)
     ports = {"a1": 1, "a2": 2, "b1": 3, "b2": 4, "c1": 5}
-    (tmp_path / "policy.yaml").write_text(POLICY.format(issuer=ISSUER, audience=AUDIENCE, host="127.0.0.1", **ports))
+    (tmp_path / "policy.yaml").write_text(policy_text(ports))
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def test_check_says_ok(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> No
     path = demo_dir / "policy.yaml"
     code, out, err = run(capsys, "check", str(path))
     assert (code, err) == (0, "")
-    assert policy_file.load(path).digest in out
+    assert load_policy(path).digest in out
 
 
 def test_check_prints_every_error_on_its_line(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:

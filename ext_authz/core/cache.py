@@ -1,4 +1,4 @@
-"""A bounded memory: when it is full, what was not asked for lately is forgotten."""
+"""A bounded cache in two generations: roughly the least recently used entries are evicted first."""
 
 from __future__ import annotations
 
@@ -10,57 +10,54 @@ V = TypeVar("V")
 
 
 @dataclass(slots=True)
-class Uses:
-    """How memories of one kind were used, through all epochs."""
+class CacheCounts:
+    """How caches of one kind were used, through all epochs."""
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
 
 
-class Recent(Generic[K, V]):
-    """At most `size` values by their keys, fewer if some are large. Never None.
+class Cache(Generic[K, V]):
+    """Entries of a total weight of at most `size`. Values are never None.
 
-    They live in two generations, and what is used comes into the young one. When that is half of `size`, it becomes the
-    old one, and the old one is forgotten. So the latest half always stays, and to find what is in use changes nothing:
-    an order of use would cost more than all else here.
+    A hit moves its entry to the young generation. When that reaches half of `size` it becomes the old generation, and
+    the old one is evicted as a whole. So the most recently used half always stays, and a hit in the young generation
+    changes nothing: a strict order of use would cost more than everything else here.
     """
 
-    __slots__ = ("_filled", "_half", "_old", "_young", "uses")
+    __slots__ = ("_half", "_old", "_weight", "_young", "counts")
 
-    def __init__(self, size: int, uses: Uses | None = None) -> None:
+    def __init__(self, size: int, counts: CacheCounts | None = None) -> None:
         self._young: dict[K, tuple[V, int]] = {}
         self._old: dict[K, tuple[V, int]] = {}
-        self._filled = 0  # of the young one
+        self._weight = 0  # of the young generation
         self._half = max(1, size // 2)
-        self.uses = uses or Uses()
+        self.counts = counts or CacheCounts()
 
     def get(self, key: K) -> V | None:
-        """What is remembered under `key`, if anything is."""
-        item = self._young.get(key)
-        if item is None:
-            item = self._old.get(key)
-            if item is None:
-                self.uses.misses += 1
+        """The value of `key`; None if it is not cached."""
+        entry = self._young.get(key)
+        if entry is None:
+            entry = self._old.get(key)
+            if entry is None:
+                self.counts.misses += 1
                 return None
-            self.keep(key, *item)
-        self.uses.hits += 1
-        return item[0]
+            self.put(key, *entry)
+        self.counts.hits += 1
+        return entry[0]
 
-    def __setitem__(self, key: K, value: V) -> None:
-        self.keep(key, value)
-
-    def keep(self, key: K, value: V, places: int = 1) -> None:
-        """Remember `value`; it takes as much room as that many ordinary ones."""
+    def put(self, key: K, value: V, weight: int = 1) -> None:
+        """Cache `value`; an ordinary entry has a `weight` of 1."""
         if key in self._young:
-            self._filled -= self._young.pop(key)[1]
+            self._weight -= self._young.pop(key)[1]
         else:
             self._old.pop(key, None)
-        if self._young and self._filled + places > self._half:
-            self.uses.evictions += len(self._old)
-            self._old, self._young, self._filled = self._young, {}, 0
-        self._young[key] = value, places
-        self._filled += places
+        if self._young and self._weight + weight > self._half:
+            self.counts.evictions += len(self._old)
+            self._old, self._young, self._weight = self._young, {}, 0
+        self._young[key] = value, weight
+        self._weight += weight
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)

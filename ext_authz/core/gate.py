@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Any, assert_never
 
 from ext_authz.core import strict_json
+from ext_authz.core.headers import CONTENT_ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, TARGET_CLUSTER
 from ext_authz.core.model import Reason, Refusal, Request
-from ext_authz.core.policy import GateRule, Policy
+from ext_authz.core.policy import Body, DefaultOnly, GateRule, Header, Policy
 
 MAX_NAMES = 64
 MAX_NAME_LENGTH = 64  # bytes; a name is visible ASCII, so characters too
 MAX_DEPTH = 32  # nesting of a JSON body
-REQUESTED_CLUSTER = "x-requested-cluster"  # where Envoy puts a client's own x-target-cluster
-PARTIAL_BODY = "x-envoy-auth-partial-body"
-ENCODING = "content-encoding"
-CONTENT_TYPE = "content-type"
-_LISTS = 1024  # of names in a header, to remember
-_SHORT = 256  # characters of such a one
+_CACHED_LISTS = 1024  # headers that list names
+_SHORT = 256  # characters of a header that is cached
 
 _NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -34,11 +31,15 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
     rule = rule_for(policy, request.path)
     if rule is None:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
-    if rule.header is not None:
-        return _from_header(policy, rule, request)
-    if rule.pointer is not None:
-        return _unreadable(request) or in_body(rule, request.body)
-    return _default(rule)
+    match rule.source:
+        case Header() as source:
+            return _in_header(policy, source, rule.default, request)
+        case Body() as source:
+            return _unreadable(request) or in_body(source, rule.default, request.body)
+        case DefaultOnly():
+            return _default(rule.default)
+        case unknown:
+            assert_never(unknown)
 
 
 def rule_for(policy: Policy, path: str) -> GateRule | None:
@@ -51,18 +52,17 @@ def rule_for(policy: Policy, path: str) -> GateRule | None:
 
 def headers(policy: Policy) -> frozenset[str]:
     """The headers that `read` may look at, and the one that leases go by."""
-    return frozenset(
-        {ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, *(rule.header for rule in policy.gate if rule.header)}
-    )
+    own = (rule.source.name for rule in policy.gate if isinstance(rule.source, Header))
+    return frozenset({CONTENT_ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, *own})
 
 
-def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Refusal:
-    header = rule.header or ""
+def _in_header(policy: Policy, source: Header, default: Names | None, request: Request) -> Names | Refusal:
+    header = source.name
     if header in request.repeated:
         return _bad(f"header {_shown(header)} came more than once")
     value = request.headers.get(header)
     if value is None:
-        return _default(rule)
+        return _default(default)
     if header == REQUESTED_CLUSTER:
         names = [policy.clusters.get(n, n) for n in _listed(value)]
         return _checked(names) or _unusable(names, f"header {_shown(header)}")
@@ -70,7 +70,7 @@ def _from_header(policy: Policy, rule: GateRule, request: Request) -> Names | Re
     return listed(value) or _unusable(_listed(value), f"header {header}")
 
 
-@lru_cache(_LISTS)
+@lru_cache(_CACHED_LISTS)
 def _named(value: str) -> Names:
     """The names that a header lists; none if they are not usable."""
     return _checked(_listed(value))
@@ -82,8 +82,8 @@ def _listed(value: str) -> list[str]:
 
 def _unreadable(request: Request) -> Refusal | None:
     """Why its headers say that the body cannot be read, if they do."""
-    encoding = request.headers.get(ENCODING, "identity")
-    if ENCODING in request.repeated or encoding.strip().lower() != "identity":
+    encoding = request.headers.get(CONTENT_ENCODING, "identity")
+    if CONTENT_ENCODING in request.repeated or encoding.strip().lower() != "identity":
         return _bad("the body is compressed")
     if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
         return _bad("the body is incomplete")
@@ -92,18 +92,18 @@ def _unreadable(request: Request) -> Refusal | None:
     return None
 
 
-def in_body(rule: GateRule, body: bytes) -> Names | Refusal:
+def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal:
     """The names in a body whose headers say nothing against it."""
-    pointer = rule.pointer or ()
+    pointer = source.pointer
     if not body:
-        return _default(rule)
+        return _default(default)
     try:
         value = strict_json.loads(body, MAX_DEPTH)
     except ValueError as e:
         return _bad(f"the body {e}")
     found = _resolve(value, pointer)
     if found is _ABSENT:
-        return _default(rule)
+        return _default(default)
     if found is _AMBIGUOUS:
         return _bad(f"{_member(pointer)} is there in another spelling")
     if isinstance(found, str):
@@ -158,9 +158,9 @@ def _unusable(names: list[str], where: str) -> Refusal:
     return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
 
 
-def _default(rule: GateRule) -> Names | Refusal:
-    if rule.default:
-        return rule.default
+def _default(default: Names | None) -> Names | Refusal:
+    if default:
+        return default
     return Refusal(Reason.NO_EXPERTS_REQUESTED, "the request names no expert and the gate has no default")
 
 
@@ -173,4 +173,4 @@ def _member(pointer: tuple[str, ...]) -> str:
 
 
 def _shown(header: str) -> str:
-    return "x-target-cluster" if header == REQUESTED_CLUSTER else header
+    return TARGET_CLUSTER if header == REQUESTED_CLUSTER else header

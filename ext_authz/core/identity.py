@@ -16,16 +16,18 @@ import jwt
 from jwt.algorithms import get_default_algorithms
 
 from ext_authz.core import strict_json
+from ext_authz.core.clearance import clearance
+from ext_authz.core.headers import TOKEN_HEADERS
 from ext_authz.core.jwk import Key
 from ext_authz.core.model import Claims, Identity, Reason, Refusal, Request
-from ext_authz.core.policy import TOKEN_HEADERS, Issuer, Policy, clearance
+from ext_authz.core.policy import Issuer, Policy
 
 MAX_TOKEN = 16 * 1024  # bytes
 MAX_SUBJECT = 1024  # bytes
 MAX_DEPTH = 16
 _MAX_TIME = 2**53
 _NUMBERS = (int, float)  # but not bool, which is an int too
-_HEADERS = 128  # to remember
+_CACHED_HEADERS = 128
 
 Keys = Mapping[str, tuple[Key, ...]]
 
@@ -124,7 +126,7 @@ def _parse(token: str) -> _Parsed:
     return _Parsed(_header(header), _object(_base64url(claims), "payload"), signed, _base64url(signature))
 
 
-@lru_cache(_HEADERS)
+@lru_cache(_CACHED_HEADERS)
 def _header(part: bytes) -> _Header:
     """An issuer's tokens share a few headers. (What raises is not remembered.)
 

@@ -75,7 +75,7 @@ class Identity:
     """A verified caller. `expires` is in seconds since the epoch, leeway included; `tier` indexes `Policy.tiers`.
 
     `errors` names the clearance rules that could not be evaluated (each counted as no match).
-    Compared by object: the cache of verified tokens holds one per token.
+    Compared by identity: the cache of verified tokens holds one for each token.
     """
 
     tier: int
@@ -118,8 +118,8 @@ class Decision:
     `requested` are the known experts asked for, `unknown` the names dropped; `required_tier` is the lowest tier
     among the requested experts struck out for their tier, None when none was. `standby` are permitted experts that may
     serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows of.
-    Nothing in it is the caller's own, so that it may be that of many. Compared by object: what is remembered of a
-    decision is remembered with it.
+    Nothing in it belongs to one caller, so one decision may serve many. Compared by identity: what is derived from a
+    decision is cached by the object.
     """
 
     verdict: Verdict
@@ -140,15 +140,15 @@ class Decision:
         return 200 if self.serve else STATUS[self.reason]
 
 
-NOBODY = Identity(0)  # whose a decision is that no caller was found for
+UNVERIFIED = Identity(0)  # the caller of a decision that was made without verifying one
 
 
 class Outcome(NamedTuple):
-    """A decision, and the caller it was made for; `new`: whose token was not known before."""
+    """A decision and the caller it was made for. `new_token`: the caller's token was not in the cache."""
 
     decision: Decision
     caller: Identity
-    new: bool = False
+    new_token: bool = False
 
 
 def refuse(refusal: Refusal, caller_tier: str | None = None) -> Decision:

@@ -1,1 +1,1 @@
-"""TODO demo."""
+"""The whole proxy on loopback, with keys and tokens of its own."""

@@ -1,1 +1,1 @@
-"""TODO observe."""
+"""What is counted, logged and reported of decisions."""

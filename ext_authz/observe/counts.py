@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ext_authz.core.check import MEMORIES, Memory, Snapshot
+from ext_authz.core.snapshot import CACHES, CacheSizes, Snapshot
 from ext_authz.observe.metrics import BUCKETS, Tally
 
 _NO_LATENCY = (0,) * (len(BUCKETS) + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class CacheUse:
-    """One memory: what is in it now, and how it was used through all epochs."""
+class CacheUsage:
+    """One cache: its entries now, and how it was used through all epochs."""
 
     entries: int = 0
     hits: int = 0
@@ -34,7 +34,7 @@ class Counts:
     leases: int = 0
     latency: tuple[int, ...] = _NO_LATENCY
     latency_sum: float = 0.0
-    caches: Mapping[str, CacheUse] = field(default_factory=dict)
+    caches: Mapping[str, CacheUsage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.latency) != len(_NO_LATENCY):
@@ -55,12 +55,12 @@ class Counts:
         return tally
 
 
-def counted(tally: Tally, memory: Memory, snapshot: Snapshot) -> Counts:
+def counted(tally: Tally, sizes: CacheSizes, snapshot: Snapshot) -> Counts:
     """The counts of this process."""
     caches = {}
-    for name in MEMORIES:
-        uses = memory.uses[name]
-        caches[name] = CacheUse(len(getattr(snapshot, name)), uses.hits, uses.misses, uses.evictions)
+    for name in CACHES:
+        counts = sizes.counts[name]
+        caches[name] = CacheUsage(len(getattr(snapshot, name)), counts.hits, counts.misses, counts.evictions)
     return Counts(
         tuple((str(verdict), str(reason), n) for (verdict, reason), n in sorted(tally.decisions.items())),
         dict(tally.experts),
@@ -80,7 +80,7 @@ def add_up(counts: Iterable[Counts]) -> Counts:
     condition_errors: Counter[str] = Counter()
     rpc_errors = leases = 0
     latency, latency_sum = list(_NO_LATENCY), 0.0
-    caches = dict.fromkeys(MEMORIES, CacheUse())
+    caches = dict.fromkeys(CACHES, CacheUsage())
     for one in counts:
         decisions.update({(verdict, reason): n for verdict, reason, n in one.decisions})
         experts.update(one.experts)
@@ -98,10 +98,10 @@ def add_up(counts: Iterable[Counts]) -> Counts:
 
 
 def ended(counts: Counts) -> Counts:
-    """The counts of a process that is gone, and with it all that it remembered."""
-    caches = {name: CacheUse(0, use.hits, use.misses, use.evictions) for name, use in counts.caches.items()}
+    """The counts of a process that is gone, and its caches with it."""
+    caches = {name: CacheUsage(0, use.hits, use.misses, use.evictions) for name, use in counts.caches.items()}
     return dataclasses.replace(counts, caches=caches)
 
 
-def _both(a: CacheUse, b: CacheUse) -> CacheUse:
-    return CacheUse(a.entries + b.entries, a.hits + b.hits, a.misses + b.misses, a.evictions + b.evictions)
+def _both(a: CacheUsage, b: CacheUsage) -> CacheUsage:
+    return CacheUsage(a.entries + b.entries, a.hits + b.hits, a.misses + b.misses, a.evictions + b.evictions)

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of lines that wait for the disk
-PIECE = 256 * 1024  # bytes that go to the disk at once
-GATHER = 0.05  # seconds of lines that one write takes
-CLOSING = 5.0  # seconds that the last lines get
+WRITE_SIZE = 256 * 1024  # bytes that go to the disk at once
+WRITE_INTERVAL = 0.05  # seconds of lines that one write takes
+CLOSE_TIMEOUT = 5.0  # seconds that the last lines get
 MODE = 0o600
 
 log = logging.getLogger("srp.decision_log")
@@ -65,16 +65,16 @@ class DecisionLog:
             self._something.set()
 
     def close(self) -> None:
-        """Write what waits and end; what the disk has not taken within CLOSING seconds is lost."""
+        """Write what waits and end; what the disk has not taken within CLOSE_TIMEOUT seconds is lost."""
         self._closing.set()
         self._something.set()
         if self._thread.is_alive():
-            self._thread.join(CLOSING)
+            self._thread.join(CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         while not self._closing.is_set():
             self._something.wait()
-            self._closing.wait(GATHER)
+            self._closing.wait(WRITE_INTERVAL)
             self._something.clear()
             self._write_all()
         self._write_all()
@@ -84,7 +84,7 @@ class DecisionLog:
         """Write all that waits, in pieces that fit into what is left of the file."""
         while self._lines:
             piece: list[bytes] = []
-            room = min(PIECE, self._max_bytes - self._size)
+            room = min(WRITE_SIZE, self._max_bytes - self._size)
             while self._lines and (not piece or len(self._lines[0]) <= room):
                 piece.append(self._lines.popleft())
                 room -= len(piece[-1])

@@ -16,11 +16,13 @@ from weakref import WeakKeyDictionary
 from cachetools import LRUCache
 
 from ext_authz.core import strict_json
-from ext_authz.core.check import Snapshot, identify, may_downgrade
+from ext_authz.core.check import identify, may_downgrade
+from ext_authz.core.clearance import claims_read
 from ext_authz.core.condition import Truth, compile_condition, context
 from ext_authz.core.difference import Difference
 from ext_authz.core.model import Decision, Identity, Reason, Request, Verdict
-from ext_authz.core.policy import Policy, claims_read
+from ext_authz.core.policy import Policy
+from ext_authz.core.snapshot import Snapshot
 
 MAX_DEPTH = 24  # nesting; a token's claims are not nested deeper, with room for what holds them
 MAX_PATH = 2048  # characters; no gate rule is longer than half of it

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from yarl import URL
 
 from ext_authz.observe.metrics import gauge
-from ext_authz.sources.key_source import body_of, session_for
+from ext_authz.sources.http import body_of, session_for
 
 TIMEOUT = 1.0  # seconds
 MAX_BYTES = 64 * 1024

@@ -1,6 +1,5 @@
-"""Policy text to Policy: read, validate, resolve what refers to something else, compile. All mistakes at once.
-
-A file that has any mistake gives no policy at all. Source of the format: docs/policy.md.
+"""The compiler: a file of valid form to a Policy. It resolves what refers to something else, compiles the conditions,
+and reports what refers to nothing or contradicts the rest of the file.
 """
 
 from __future__ import annotations
@@ -12,18 +11,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-
 from ext_authz.core import jwk
 from ext_authz.core.condition import VARIABLES, Condition, compile_condition
 from ext_authz.core.condition_reads import Members, members
-from ext_authz.core.gate import REQUESTED_CLUSTER
+from ext_authz.core.headers import NOT_SENT, REQUESTED_CLUSTER, TARGET_CLUSTER, TOKEN_HEADERS
 from ext_authz.core.policy import (
-    TOKEN_HEADERS,
+    Body,
     ClearanceRule,
+    DefaultOnly,
     Expert,
     GateRule,
+    Header,
     Health,
     Issuer,
     JwksSource,
@@ -32,107 +30,32 @@ from ext_authz.core.policy import (
     Revoked,
     Traffic,
 )
-from ext_authz.policyfile import schema as schema
-from ext_authz.policyfile import source as policy_source
-from ext_authz.policyfile import values as policy_values
-from ext_authz.policyfile.schema import json_schema
-from ext_authz.policyfile.source import Mistakes, PolicyError, PolicyMistake, Source, printable, quoted, suggestion
+from ext_authz.policyfile import schema, values
+from ext_authz.policyfile.source import Mistakes, Place, Source, listed, printable, quoted, rendered, suggestion
 
-__all__ = ["PolicyError", "PolicyMistake", "json_schema", "load", "parse"]
-
-DEFAULT_GATE = (GateRule("/", exact=False, header="x-expert-names"),)
+DEFAULT_GATE = (GateRule("/", exact=False, source=Header("x-expert-names")),)
 MAX_SECRET = 4096  # bytes
 
 _TRAFFIC_KEYS = frozenset(f.name for f in fields(Traffic))
 _DEFAULT_TRAFFIC = Traffic()
 
 # What stands in for a mapping that has mistakes of its own, so that the rest of the file can be checked around it.
-# Their own validators must let them pass.
-_HOLES: dict[str, Any] = {
+# Its own validators must let it pass.
+HOLES: dict[str, Any] = {
     "issuers": schema.Issuer.model_construct({"jwks"}, algorithms=[]),
     "clearance": schema.ClearanceRule.model_construct(),
     "experts": schema.Expert.model_construct(),
     "gate": schema.GateRule.model_construct({"path"}, default=["A"]),
 }
-_NAMES = "|".join((*map(re.escape, (*policy_values.UNSENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
+_NAMES = "|".join((*map(re.escape, (*NOT_SENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
 # Where a condition reads a header that is never in `request.headers`: "it is absent" would hold for every request.
-_UNSENT = re.compile(
+_NEVER_SENT = re.compile(
     rf"headers(?:[\"']\s*\])?\s*(?:\[\s*[\"']({_NAMES})[\"']|\.\s*({_NAMES})\b)|[\"']({_NAMES})[\"']\s+in\s+request\b"
 )
-_STAND_INS = {"version": 1, "tiers": ["low"], "experts": {"A": _HOLES["experts"]}}
 
 
-def load(path: Path) -> Policy:
-    """The policy in the file at `path`; PolicyError if it cannot be read or has a mistake."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(policy_source.MAX_BYTES + 1)
-    except OSError as e:
-        raise PolicyError((PolicyMistake(str(path), 1, 1, "", f"cannot be read: {e.strerror}"),)) from None
-    return parse(text, str(path), path.parent)
-
-
-def parse(text: str | bytes, name: str = "policy.yaml", base: Path = Path(), *, key_files: bool = True) -> Policy:
-    """The policy that `text` says; PolicyError, with every mistake that can be told, if it says none.
-
-    `name` is the file's name in messages. Paths in the policy are relative to `base`. `key_files` False: the files
-    with keys are not looked at.
-    """
-    mistakes = Mistakes(name)
-    source = policy_source.read(text, mistakes)
-    file, broken = _validated(source, mistakes)
-    policy = _Compiler(file, broken, source, mistakes, base, key_files).policy()
-    mistakes.finish()
-    return policy
-
-
-def _validated(source: Source, mistakes: Mistakes) -> tuple[schema.File, frozenset[str]]:
-    """The file's form, with holes where it has mistakes, and the top-level keys that had to be left out."""
-    try:
-        return schema.File.model_validate(source.data), frozenset()
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-    for error in errors:
-        path = error["loc"]
-        at = source.at(path)
-        if path[-1] == "[key]" or error["type"] == "extra_forbidden":
-            path = source.places.find(path)
-            at = source.places.keys[path]
-        about = path[:-1] if error["type"] == "missing" else path
-        if about not in source.places.spoiled:
-            mistakes.add(at, path, schema.explain(error, source.found(path, error["input"])))
-    data, broken = _patched(source.data, errors)
-    try:
-        return schema.File.model_validate(data), broken
-    except ValidationError:
-        mistakes.finish()
-        raise
-
-
-def _patched(whole: dict[str, Any], errors: Sequence[ErrorDetails]) -> tuple[dict[str, Any], frozenset[str]]:
-    data: dict[str, Any] = {k: v.copy() if isinstance(v, dict | list) else v for k, v in whole.items()}
-    broken = set()
-    for error in errors:
-        section, *inner = map(str, error["loc"])
-        items = data.get(section)
-        if section not in _HOLES or not inner:
-            data.pop(section, None)
-            broken.add(section)
-        elif isinstance(items, list):
-            items[int(inner[0])] = _HOLES[section]
-        elif isinstance(items, dict):
-            if inner[-1] == "[key]":
-                items.pop(inner[0], None)
-            elif inner[0] in items:
-                items[inner[0]] = _HOLES[section]
-    if not data.get("experts"):
-        data.pop("experts", None)
-        broken.add("experts")
-    return _STAND_INS | data, frozenset(broken)
-
-
-class _Compiler:
-    """Compiles what is whole of a file, and adds to `mistakes` what refers to nothing or contradicts the rest."""
+class Compiler:
+    """Compiles the parts of a file that have no mistake of form, and adds to `mistakes` those of meaning."""
 
     def __init__(
         self, file: schema.File, broken: frozenset[str], source: Source, mistakes: Mistakes, base: Path, key_files: bool
@@ -174,7 +97,7 @@ class _Compiler:
         for name, entry in self._whole("experts"):
             path = ("experts", name)
             tier = self._tier(entry.tier, (*path, "tier"))
-            self._once((*path, "endpoints"), map(policy_values.address, entry.endpoints))
+            self._once((*path, "endpoints"), map(values.address, entry.endpoints))
             self._downgrades((*path, "downgrade_to"), name, entry)
             yield Expert(
                 name=name,
@@ -190,9 +113,9 @@ class _Compiler:
                 unavailable=entry.unavailable,
             )
 
-    def _cluster(self, path: policy_source.Path, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:
+    def _cluster(self, path: Place, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:
         cluster = entry.cluster or name.lower().replace("_", "-")
-        if not entry.cluster and not policy_values.is_cluster(cluster):
+        if not entry.cluster and not values.is_cluster(cluster):
             self._add(path, f"required key is missing: the name {quoted(name)} makes no cluster name")
         elif cluster in owners:
             self._add(path, f"cluster {quoted(cluster)} is already that of expert {quoted(owners[cluster])}")
@@ -201,9 +124,9 @@ class _Compiler:
         owners.setdefault(cluster, name)
         return cluster
 
-    def _downgrades(self, path: policy_source.Path, name: str, entry: schema.Expert) -> None:
+    def _downgrades(self, path: Place, name: str, entry: schema.Expert) -> None:
         self._known(path, entry.downgrade_to)
-        hole = _HOLES["experts"]
+        hole = HOLES["experts"]
         own = self._tiers.get(entry.tier)
         for index, other in enumerate(entry.downgrade_to):
             target = self._file.experts.get(other, hole)
@@ -228,8 +151,7 @@ class _Compiler:
             rule = GateRule(
                 match=entry.path or entry.prefix,
                 exact=bool(entry.path),
-                pointer=_tokens(entry.pointer) if entry.pointer else None,
-                header=REQUESTED_CLUSTER if entry.header == policy_values.TARGET_CLUSTER else entry.header or None,
+                source=_source(entry),
                 default=tuple(entry.default) or None,
                 line=self._line(path),
             )
@@ -271,7 +193,7 @@ class _Compiler:
             bearer_token_file=self._absolute(entry.bearer_token_file),
         )
 
-    def _keys(self, path: policy_source.Path, name: str, algorithms: frozenset[str]) -> None:
+    def _keys(self, path: Place, name: str, algorithms: frozenset[str]) -> None:
         """Whether the file holds a key for each algorithm of a secret, for any of a JWKS."""
         if not self._key_files:
             return
@@ -287,37 +209,37 @@ class _Compiler:
                 if short := sorted(algorithms - jwk.secret_key(data).algorithms):
                     raise ValueError(f"the secret is too short for {quoted(short[0])}")
             elif not any(key.algorithms & algorithms for key in jwk.parse_jwks(data)):
-                raise ValueError(f"holds no key for {policy_source.listed(sorted(algorithms))}")
+                raise ValueError(f"holds no key for {listed(sorted(algorithms))}")
         except OSError as e:
             self._add(path, f"{quoted(name)}: cannot be read: {e.strerror}")
         except ValueError as e:
             self._add(path, f"{quoted(name)}: {e}")
 
-    def _condition(self, text: str, path: policy_source.Path, allowed: frozenset[str]) -> Condition | None:
-        where = policy_source.rendered(path)
+    def _condition(self, text: str, path: Place, allowed: frozenset[str]) -> Condition | None:
+        where = rendered(path)
         try:
             condition = compile_condition(text, where, self._line(path), allowed)
         except ValueError as e:
             reason = printable(str(e), 300)
             self._add(path, f"not a condition: {reason[:1].lower()}{reason[1:]}")
             return None
-        if "request" in condition.reads and (unsent := _UNSENT.search(text)):
+        if "request" in condition.reads and (unsent := _NEVER_SENT.search(text)):
             self._add(path, f"reads header {quoted(unsent[unsent.lastindex or 0])}, which conditions never see")
         return condition
 
-    def _tier(self, name: str, path: policy_source.Path) -> int:
+    def _tier(self, name: str, path: Place) -> int:
         if name not in self._tiers and "tiers" not in self._broken:
             self._add(path, f"unknown tier {quoted(name)}{suggestion(name, self._file.tiers)}")
         return self._tiers.get(name, 0)
 
-    def _known(self, path: policy_source.Path, names: Sequence[str]) -> None:
+    def _known(self, path: Place, names: Sequence[str]) -> None:
         self._once(path, names)
         for index, name in enumerate(names):
             if name not in self._file.experts and "experts" not in self._broken:
                 hint = suggestion(name, self._file.experts)
                 self._add((*path, index), f"unknown expert {quoted(name)}{hint}")
 
-    def _once(self, path: policy_source.Path, items: Iterable[str]) -> None:
+    def _once(self, path: Place, items: Iterable[str]) -> None:
         seen: set[str] = set()
         for index, item in enumerate(items):
             if item in seen:
@@ -328,15 +250,15 @@ class _Compiler:
         """The entries of a section that have no mistake of their own, each with its key or index."""
         items = getattr(self._file, section)
         entries = items.items() if isinstance(items, dict) else enumerate(items)
-        return ((key, entry) for key, entry in entries if entry is not _HOLES[section])
+        return ((key, entry) for key, entry in entries if entry is not HOLES[section])
 
     def _absolute(self, name: str) -> str | None:
         return str(self._base / name) if name else None
 
-    def _add(self, path: policy_source.Path, message: str) -> None:
+    def _add(self, path: Place, message: str) -> None:
         self._mistakes.add(self._source.at(path), path, message)
 
-    def _line(self, path: policy_source.Path) -> int:
+    def _line(self, path: Place) -> int:
         return self._source.at(path)[0]
 
 
@@ -359,6 +281,14 @@ def _traffic(entry: schema.Expert) -> Traffic:
     if entry.outlier and "outlier" in given:
         given["outlier"] = Outlier(entry.outlier.consecutive_5xx, entry.outlier.base_ejection)
     return Traffic(**given)
+
+
+def _source(entry: schema.GateRule) -> Body | Header | DefaultOnly:
+    if entry.pointer:
+        return Body(_tokens(entry.pointer))
+    if entry.header:
+        return Header(REQUESTED_CLUSTER if entry.header == TARGET_CLUSTER else entry.header)
+    return DefaultOnly()
 
 
 def _tokens(pointer: str) -> tuple[str, ...]:

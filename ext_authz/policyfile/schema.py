@@ -1,4 +1,4 @@
-"""The shape of a policy file: keys, types and limits. What refers to something else is checked by policy_file.
+"""The shape of a policy file: keys, types and limits. What refers to something else is checked by `compile`.
 
 Every limit bounds what a hostile file can make of memory. The docstrings are the descriptions that editors show.
 """
@@ -76,7 +76,7 @@ def _optional() -> Any:
 
 
 def _list(least: int, most: int) -> Any:
-    """The limits of a list without repetitions; policy_file looks for those, to point at the second of the two."""
+    """The limits of a list without repetitions; the compiler looks for those, to point at the second of the two."""
 
     def refine(schema: dict[str, Any]) -> None:
         schema["uniqueItems"] = True
@@ -145,7 +145,7 @@ class Expert(Form):
     """For a connection."""
     retries: Annotated[int, Field(ge=0, le=10)] = _TRAFFIC.retries
     """Further attempts."""
-    retry_on: Literal["safe", "5xx"] = "safe"
+    retry_on: Literal["safe", "5xx"] = _TRAFFIC.retry_on
     """`safe`: only what has not reached an expert; `5xx`: also what it answered with 5xx."""
     health: Annotated[
         Health | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Health | Literal[False])
@@ -287,13 +287,13 @@ class File(Form):
     gate: Annotated[list[GateRule], Field(max_length=MAX_GATE)] = []
     """Where requests name their experts: the first rule that covers the path. Default: the header `x-expert-names`."""
     revoked: Revoked = _all_defaults(Revoked())
-    leeway: Annotated[float, span(0, 300)] = _seconds(30)
+    leeway: Annotated[float, span(0, 300)] = _seconds(policy.LEEWAY)
     """How far the issuers' clocks may be off."""
     forward_token: bool = False
     """Whether experts get the caller's token."""
     log_claims: Annotated[list[Text], _list(0, 32)] = []
     """Claims that the audit trail shows."""
-    lease: Annotated[float, span(0, 3600)] = _seconds(30)
+    lease: Annotated[float, span(0, 3600)] = _seconds(policy.LEASE)
     """How long Envoy may repeat a decision without asking again; 0: not at all."""
 
 

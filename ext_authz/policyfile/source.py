@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -21,7 +22,7 @@ MAX_VALUES = 500_000  # mappings, lists, keys and scalars together
 MAX_DEPTH = 16  # mappings and lists inside each other
 MAX_MISTAKES = 100  # listed before the rest is left unread
 
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]  # of a value in the file
 Position = tuple[int, int]  # line and column, from 1
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -59,14 +60,14 @@ class Places:
     """Where the values of a file stand, by their paths. Flat, of tuples that the garbage collector need not follow."""
 
     def __init__(self) -> None:
-        self.at: dict[Path, Position] = {}  # a scalar's own place, else its key's
-        self.keys: dict[Path, Position] = {}
-        self.spellings: dict[Path, str] = {}  # of the scalars that are not text
-        self.spoiled: set[Path] = set()  # what has a mistake of its own already: more said of it would be noise
+        self.at: dict[Place, Position] = {}  # a scalar's own place, else its key's
+        self.keys: dict[Place, Position] = {}
+        self.spellings: dict[Place, str] = {}  # of the scalars that are not text
+        self.spoiled: set[Place] = set()  # what has a mistake of its own already: more said of it would be noise
 
-    def find(self, path: Path) -> Path:
+    def find(self, path: Place) -> Place:
         """As much of `path` as the file has; a part that names nothing in it is passed over."""
-        found: Path = ()
+        found: Place = ()
         for part in path:
             if (*found, part) in self.at:
                 found = (*found, part)
@@ -81,11 +82,11 @@ class Source:
     places: Places
     digest: str
 
-    def at(self, path: Path) -> Position:
+    def at(self, path: Place) -> Position:
         """Where to point for what is wrong at `path`."""
         return self.places.at[self.places.find(path)]
 
-    def found(self, path: Path, value: object) -> str:
+    def found(self, path: Place, value: object) -> str:
         """What stands at `path` in the file, for a message."""
         return found(value, self.places.spellings.get(self.places.find(path), ""))
 
@@ -98,7 +99,7 @@ class Mistakes:
         self._found: list[PolicyMistake] = []
         self.end = (1, 1)  # the last place of the text; libyaml may point past it
 
-    def add(self, at: Position, path: Path, message: str) -> None:
+    def add(self, at: Position, path: Place, message: str) -> None:
         if len(self._found) == MAX_MISTAKES:
             self.fatal(at, "too many mistakes to list them all")
         self._add(at, rendered(path), message)
@@ -117,6 +118,15 @@ class Mistakes:
 
     def _raise(self) -> NoReturn:
         raise PolicyError(tuple(sorted(self._found, key=lambda m: (m.line, m.column))))
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a file, no more than `read` would refuse; PolicyError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise PolicyError((PolicyMistake(str(path), 1, 1, "", f"cannot be read: {e.strerror}"),)) from None
 
 
 def read(text: str | bytes, mistakes: Mistakes) -> Source:
@@ -140,7 +150,7 @@ def read(text: str | bytes, mistakes: Mistakes) -> Source:
     return Source(composer.document(), composer.places, sha256(data).hexdigest()[:12])
 
 
-def rendered(path: Path) -> str:
+def rendered(path: Place) -> str:
     """`experts.A.downgrade_to[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in path)
     return text.removeprefix(".")
@@ -241,7 +251,7 @@ class _Composer:
             self._mistakes.fatal(_start(further), "a second document; a policy is one document")
         return data
 
-    def _value(self, event: Any, path: Path, key: Position | None = None) -> Any:
+    def _value(self, event: Any, path: Place, key: Position | None = None) -> Any:
         at = _start(event)
         self._left -= 1
         if self._left < 0:
@@ -292,13 +302,13 @@ class _Composer:
         except ValueError:  # `0x_`, or more digits than Python converts: no number that anybody means
             return text
 
-    def _sequence(self, path: Path) -> list[Any]:
+    def _sequence(self, path: Place) -> list[Any]:
         items: list[Any] = []
         while not isinstance(event := self._next(), yaml.SequenceEndEvent):
             items.append(self._value(event, (*path, len(items))))
         return items
 
-    def _mapping(self, path: Path) -> dict[str, Any]:
+    def _mapping(self, path: Place) -> dict[str, Any]:
         items: dict[str, Any] = {}
         while not isinstance(event := self._next(), yaml.MappingEndEvent):
             at = _start(event)
@@ -314,7 +324,7 @@ class _Composer:
                 self.places.keys[inside] = at
         return items
 
-    def _key(self, event: Any, at: Position, path: Path) -> str | None:
+    def _key(self, event: Any, at: Position, path: Place) -> str | None:
         """The text of a key; None, and a mistake, for a key that is no plain text: its mapping is not what it seems."""
         if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
             key = self._value(event, (*path, "?"))
@@ -332,6 +342,6 @@ class _Composer:
             return None
         return key
 
-    def _spoil(self, at: Position, path: Path, message: str) -> None:
+    def _spoil(self, at: Position, path: Place, message: str) -> None:
         self.places.spoiled.add(path)
         self._mistakes.add(at, path, message)

@@ -1,6 +1,6 @@
 """The values of a policy file: how a duration, an endpoint, a name or a URL is written, and what it means.
 
-A ValueError's text is what policy_schema puts into its message.
+A ValueError's text is what `schema` puts into its message.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ import re
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PlainValidator
 
 from ext_authz.core import policy
 from ext_authz.core.condition import MAX_LENGTH
-from ext_authz.core.gate import REQUESTED_CLUSTER
-from ext_authz.core.policy import TOKEN_HEADERS
+from ext_authz.core.headers import NOT_SENT, REQUESTED_CLUSTER, TARGET_CLUSTER, TOKEN_HEADERS
+from ext_authz.core.jwks_url import jwks_url
 
-TARGET_CLUSTER = "x-target-cluster"
-UNSENT = (  # these, and `x-b3-*`, Envoy keeps to itself: `disallowed_headers` in envoy.yaml
-    "content-length", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-amzn-trace-id",
-    "x-cloud-trace-context",
-)  # fmt: skip
 RESERVED_CLUSTERS = frozenset({"none", "ext_authz"})
 
 EXPECTED: dict[str, str] = {}  # pattern → what it stands for in a message
@@ -111,7 +105,7 @@ def is_cluster(name: str) -> bool:
 
 
 def _header(name: str) -> str:
-    if name in (*TOKEN_HEADERS, "host", *UNSENT) or name.startswith(("x-srp-", "x-envoy-", "x-b3-")):
+    if name in (*TOKEN_HEADERS, "host", *NOT_SENT) or name.startswith(("x-srp-", "x-envoy-", "x-b3-")):
         raise ValueError("which cannot name experts, expected a header such as `x-expert-names`")
     if name == REQUESTED_CLUSTER:
         raise ValueError(f"expected `{TARGET_CLUSTER}`, as the client sends it")
@@ -125,26 +119,8 @@ def _normalized(path: str) -> str:
 
 
 def _jwks_url(url: str) -> str:
-    if "@" in url.split("/")[2]:
-        raise ValueError("a user or password in a URL is not supported")  # and not repeated: this goes to the log
-    try:
-        parts = urlsplit(url)
-        host, plain = parts.hostname or "", parts.scheme == "http"
-        usable = bool(host) and not parts.fragment and parts.port != 0
-    except ValueError:
-        raise ValueError("expected a URL that can be read") from None
-    if not usable:
-        raise ValueError("expected a URL with a host and without a fragment")
-    if plain and not _loopback(host):
-        raise ValueError("expected https; http is for a loopback host only")
+    jwks_url(url)
     return url
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _text(pattern: str, expected: str, most: int) -> Any:

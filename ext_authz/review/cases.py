@@ -15,14 +15,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from ext_authz.core import gate
-from ext_authz.core.check import DOWNGRADE
+from ext_authz.core.headers import DOWNGRADE
 from ext_authz.core.model import Reason, Request
 from ext_authz.core.policy import Policy
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.policyfile import schema as schema
-from ext_authz.policyfile import source as policy_source
-from ext_authz.policyfile import values as policy_values
-from ext_authz.policyfile.source import Mistakes, PolicyError, PolicyMistake, Source, quoted, suggestion
+from ext_authz.policyfile import schema, values
+from ext_authz.policyfile import source as yaml_source
+from ext_authz.policyfile.parse import load_policy
+from ext_authz.policyfile.source import Mistakes, Source, quoted, suggestion
 
 MAX_CASES = 10_000
 PATTERN = "*_test.yaml"
@@ -59,7 +58,7 @@ class Ask(schema.Form):
     """A request that goes through the gate."""
 
     method: Annotated[str, Field(min_length=1, max_length=64)] = "POST"
-    path: policy_values.RoutePath
+    path: values.RoutePath
     headers: Annotated[dict[str, str], Field(max_length=100)] = Field(default_factory=dict)
     body: str = ""
     payload: Annotated[Any, Field(alias="json")] = None
@@ -85,14 +84,14 @@ class Expect(schema.Form):
     experts: Names = Field(default_factory=list)
     """The candidates, in order."""
     reason: Annotated[str, AfterValidator(_reason)] = ""
-    tier: policy_values.TierName = ""
+    tier: values.TierName = ""
     """The caller's."""
 
 
 class Case(schema.Form):
     """One caller, what it asks for, and what it must get."""
 
-    name: policy_values.Text
+    name: values.Text
     claims: Claims = Field(default_factory=dict)
     """Those of the caller's token."""
     anonymous: Annotated[bool, AfterValidator(_true)] = False
@@ -121,7 +120,7 @@ class Case(schema.Form):
 class File(schema.Form):
     """The cases of one policy."""
 
-    policy: policy_values.Text
+    policy: values.Text
     """The policy's file, relative to this one."""
     cases: Annotated[list[Case], Field(min_length=1, max_length=MAX_CASES)]
 
@@ -152,17 +151,12 @@ def find(path: Path) -> list[Path]:
 
 def load(path: Path) -> Suite:
     """The cases in the file at `path`, and their policy; PolicyError if either cannot be used."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(policy_source.MAX_BYTES + 1)
-    except OSError as e:
-        raise PolicyError((PolicyMistake(str(path), 1, 1, "", f"cannot be read: {e.strerror}"),)) from None
     mistakes = Mistakes(str(path))
-    source = policy_source.read(text, mistakes)
+    source = yaml_source.read(yaml_source.file_bytes(path), mistakes)
     cases = _validated(source, mistakes)
     mistakes.finish()
     policy_path = path.parent / cases.policy
-    policy = policy_file.load(policy_path)
+    policy = load_policy(policy_path)
     _refer(cases, policy, source, mistakes)
     mistakes.finish()
     lines = tuple(source.at(("cases", index))[0] for index in range(len(cases.cases)))
@@ -198,7 +192,7 @@ def _refer(file: File, policy: Policy, source: Source, mistakes: Mistakes) -> No
     """Names that the policy does not have, and cases of one name."""
     seen: set[str] = set()
     for index, case in enumerate(file.cases):
-        path: policy_source.Path = ("cases", index)
+        path: yaml_source.Place = ("cases", index)
         if case.name in seen:
             at = (*path, "name")
             mistakes.add(source.at(at), at, f"{quoted(case.name)} is the name of an earlier case")

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
 from enum import StrEnum
 from math import inf
+from typing import assert_never
 
-from ext_authz.core.policy import Expert, GateRule, Issuer, Policy
+from ext_authz.core.policy import Body, DefaultOnly, Expert, GateRule, Header, Issuer, Policy
 
 Reach = frozenset[str]
 
@@ -165,8 +166,15 @@ def _gate_texts(policy: Policy) -> list[str]:
 
 
 def _gate_text(rule: GateRule) -> str:
-    where = f"json /{'/'.join(rule.pointer)}" if rule.pointer is not None else f"header {rule.header}"
-    source = "the default only" if rule.pointer is None and rule.header is None else where
+    match rule.source:
+        case Body(pointer):
+            source = f"json /{'/'.join(pointer)}"
+        case Header(name):
+            source = f"header {name}"
+        case DefaultOnly():
+            source = "the default only"
+        case unknown:
+            assert_never(unknown)
     default = f", default {_list(rule.default)}" if rule.default else ""
     return f"{'path' if rule.exact else 'prefix'} {rule.match}: {source}{default}"
 

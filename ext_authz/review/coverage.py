@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ext_authz.core.clearance import claims_read
 from ext_authz.core.condition import Truth, context
 from ext_authz.core.model import Decision, Identity, Refusal, Request
-from ext_authz.core.policy import Policy, claims_read
+from ext_authz.core.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)

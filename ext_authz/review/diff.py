@@ -13,11 +13,11 @@ from ext_authz.core.difference import Difference
 from ext_authz.core.model import Decision
 from ext_authz.core.policy import Policy
 from ext_authz.observe.decision_record import Record
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import load_policy, parse_policy
 from ext_authz.policyfile.source import MAX_BYTES, printable
 from ext_authz.review.changes import Change, Effect, changes
 from ext_authz.review.reads import Cause, Unknown
-from ext_authz.review.replay import Outcome, Replay
+from ext_authz.review.replay import Replay, Replayed
 
 MAX_LINE = 1024 * 1024  # bytes of a record
 EXAMPLES = 3  # records shown of each kind
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 @dataclass(slots=True)
-class Replayed:
+class Totals:
     """What came of the records of a log. `corrupt` holds the places of lines that are no records, `FILE:LINE`."""
 
     records: int = 0
@@ -52,7 +52,7 @@ class PolicyDiff:
     old: str
     new: str
     changes: tuple[Change, ...]
-    replayed: Replayed | None = None
+    replayed: Totals | None = None
 
     def widens(self) -> list[str]:
         """Why this counts as widening, a line each; empty if it does not.
@@ -111,7 +111,7 @@ def load(old: Path, new: Path) -> tuple[Policy, Policy]:
     """
     with old.open("rb") as file:
         text = file.read(MAX_BYTES + 1)
-    return policy_file.parse(text, str(old), new.parent), policy_file.load(new)
+    return parse_policy(text, str(old), new.parent), load_policy(new)
 
 
 def compare(
@@ -122,8 +122,8 @@ def compare(
     return PolicyDiff(old.digest, new.digest, changes(old, new), replayed)
 
 
-def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Replayed:
-    found = Replayed()
+def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Totals:
+    found = Totals()
     began = time.perf_counter()
     done, total = 0, sum(log.stat().st_size for log in logs)
     for log in logs:
@@ -160,7 +160,7 @@ def _lines(log: Path) -> Iterator[tuple[int, bytes]]:
                 line = file.readline(MAX_LINE)
 
 
-def _count(found: Replayed, record: Record, outcome: Outcome | Unknown) -> None:
+def _count(found: Totals, record: Record, outcome: Replayed | Unknown) -> None:
     if isinstance(outcome, Unknown):
         found.unknown[outcome.cause, outcome.detail] += 1
         return
@@ -172,7 +172,7 @@ def _count(found: Replayed, record: Record, outcome: Outcome | Unknown) -> None:
             examples.append(_example(record, outcome))
 
 
-def _example(record: Record, outcome: Outcome) -> str:
+def _example(record: Record, outcome: Replayed) -> str:
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.time))
     asked = "nobody" if record.requested is None else printable(", ".join(record.requested), 80)
     wider = " (widening)" if outcome.widening else ""
@@ -184,7 +184,7 @@ def _shown(decision: Decision) -> str:
     return tier + (", ".join(decision.serve) if decision.serve else f"{decision.status} {decision.reason.value}")
 
 
-def _told(replayed: Replayed) -> Iterator[str]:
+def _told(replayed: Totals) -> Iterator[str]:
     yield f"decisions {replayed.records:,} read in {replayed.seconds:.1f} s"
     for kind in Difference:
         if n := replayed.differences[kind]:

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ext_authz.core import identity
+from ext_authz.core.clearance import claims_read, clearance
 from ext_authz.core.condition import Truth, context
+from ext_authz.core.decide import decide
 from ext_authz.core.model import Claims, Decision, Identity, Reason, Refusal, Request
-from ext_authz.core.policy import Policy, claims_read, clearance, decide
+from ext_authz.core.policy import Policy
 from ext_authz.sources.keys import KeyStore
 
 

@@ -12,23 +12,27 @@ from math import inf
 from typing import Any, TypeVar
 
 from ext_authz.core import identity
+from ext_authz.core.clearance import clearance
+from ext_authz.core.decide import decide
 from ext_authz.core.difference import Difference, difference
-from ext_authz.core.gate import REQUESTED_CLUSTER
+from ext_authz.core.gate import rule_for
+from ext_authz.core.headers import REQUESTED_CLUSTER
 from ext_authz.core.model import Decision, Identity, Reason, Refusal, Request, refuse
-from ext_authz.core.policy import GateRule, Policy, Revoked, clearance, decide
+from ext_authz.core.policy import Header, Policy, Revoked
 from ext_authz.observe.decision_record import Record
 from ext_authz.review.reads import Cause, Reads, Unknown
 
-MAX_REMEMBERED = 20_000
+MAX_CACHED = 20_000  # records that differ
 
 _T = TypeVar("_T")
 _AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
+_BY_CLUSTER = Header(REQUESTED_CLUSTER)
 _REVOKED = Refusal(Reason.INVALID_TOKEN, "the token is revoked")
 _UNTRUSTED = Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Replayed:
     """Both decisions. `widening`: a denial turned to allow, or an expert offered that the old policy kept from the
     caller."""
 
@@ -51,10 +55,10 @@ class Replay:
         self._issuers = {let_in: _changed_issuers(old, new, let_in) for let_in in (False, True)}
         self._revocations = {let_in: _changed_revocations(old.revoked, new.revoked, let_in) for let_in in (False, True)}
         self._concerns: dict[Any, _Concern] = {}
-        self._known: dict[Any, Outcome | Unknown] = {}
-        self._decided: dict[Any, Outcome] = {}
+        self._known: dict[Any, Replayed | Unknown] = {}
+        self._decided: dict[Any, Replayed] = {}
 
-    def __call__(self, record: Record) -> Outcome | Unknown:
+    def __call__(self, record: Record) -> Replayed | Unknown:
         """What comes of the record under both."""
         of_old = record.policy == self._old.digest
         key = (
@@ -63,8 +67,8 @@ class Replay:
         )  # fmt: skip
         found = self._known.get(key)
         if found is None:
-            found = _remember(self._known, key, self._replay(record))
-        if of_old and isinstance(found, Outcome) and not _reproduces(found.old, record):
+            found = _cached(self._known, key, self._replay(record))
+        if of_old and isinstance(found, Replayed) and not _reproduces(found.old, record):
             return Unknown(Cause.OTHERWISE, "the old policy, as it is here, does not decide as it is logged")
         return found
 
@@ -85,10 +89,10 @@ class Replay:
             every = self._token_claims.union(*(names for names in read if names is not None))
             allowed = any(reads.allow(record) for reads in self._reads)
             made = _Concern(None if None in read else tuple(sorted(every)), allowed)
-            found = _remember(self._concerns, key, made)
+            found = _cached(self._concerns, key, made)
         return found
 
-    def _replay(self, record: Record) -> Outcome | Unknown:
+    def _replay(self, record: Record) -> Replayed | Unknown:
         if record.requested is None and record.reason not in _AT_THE_GATE:
             return Unknown(Cause.EARLY)
         unknown = self._gate(record) or self._token(record) or self._conditions(record)
@@ -101,15 +105,15 @@ class Replay:
         ranks = tuple(c.reason if isinstance(c, Refusal) else c.tier for c in callers)
         key = ranks, record.requested, record.downgrade, record.reason in _AT_THE_GATE
         found = self._decided.get(key)
-        return found or _remember(self._decided, key, self._outcome(record, *callers))
+        return found or _cached(self._decided, key, self._outcome(record, *callers))
 
-    def _outcome(self, record: Record, old_caller: Identity | Refusal, new_caller: Identity | Refusal) -> Outcome:
+    def _outcome(self, record: Record, old_caller: Identity | Refusal, new_caller: Identity | Refusal) -> Replayed:
         old, new = _decide(self._old, old_caller, record), _decide(self._new, new_caller, record)
         found = difference(old, new)
         widening = found is Difference.DENY_TO_ALLOW or any(
             not _permitted(self._old, old_caller, record, name) for name in new.serve if name not in old.serve
         )
-        return Outcome(old, new, found, widening)
+        return Replayed(old, new, found, widening)
 
     def _gate(self, record: Record) -> Unknown | None:
         """Whether the same names would be read of the request."""
@@ -117,10 +121,10 @@ class Replay:
             return None
         if record.path is None:
             return Unknown(Cause.REQUEST, "path")
-        old, new = (next((r for r in p.gate if r.covers(record.path)), None) for p in (self._old, self._new))
-        if _source(old) != _source(new):
+        old, new = (rule_for(p, record.path) for p in (self._old, self._new))
+        if (old and old.source) != (new and new.source):
             return Unknown(Cause.GATE, "other names may be read")
-        if old and old.header == REQUESTED_CLUSTER and self._old.clusters != self._new.clusters:
+        if old and old.source == _BY_CLUSTER and self._old.clusters != self._new.clusters:
             return Unknown(Cause.GATE, "clusters changed")
         if old and new and old.default != new.default:
             # The record does not tell whether names were asked for or are the default.
@@ -173,11 +177,11 @@ def _token_claims(old: Policy, new: Policy) -> frozenset[str]:
     return frozenset(name for name, needed in read.items() if needed)
 
 
-def _remember(memory: dict[Any, _T], key: object, value: _T) -> _T:
-    """Keep it, within bounds: a full memory is emptied."""
-    if len(memory) >= MAX_REMEMBERED:
-        memory.clear()
-    memory[key] = value
+def _cached(cache: dict[Any, _T], key: object, value: _T) -> _T:
+    """Cache it, within bounds: a full cache is emptied."""
+    if len(cache) >= MAX_CACHED:
+        cache.clear()
+    cache[key] = value
     return value
 
 
@@ -230,14 +234,9 @@ def _changed_revocations(old: Revoked, new: Revoked, let_in: bool) -> list[str]:
     return [*needed, "iat"] if after > before or (after < before and not let_in) else needed
 
 
-def _source(rule: GateRule | None) -> tuple[object, object] | None:
-    """Where a gate rule reads the names; None if no rule covers the path."""
-    return None if rule is None else (rule.pointer, rule.header)
-
-
 def _same_gates(old: Policy, new: Policy) -> bool:
     def text(policy: Policy) -> list[object]:
-        return [(r.match, r.exact, r.pointer, r.header, r.default) for r in policy.gate]
+        return [(r.match, r.exact, r.source, r.default) for r in policy.gate]
 
-    by_cluster = any(r.header == REQUESTED_CLUSTER for r in old.gate)
+    by_cluster = any(r.source == _BY_CLUSTER for r in old.gate)
     return text(old) == text(new) and not (by_cluster and old.clusters != new.clusters)

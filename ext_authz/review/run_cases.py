@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ext_authz.core import gate, identity
 from ext_authz.core.check import may_downgrade
+from ext_authz.core.decide import decide
 from ext_authz.core.model import Decision, Identity, Reason, Refusal, Request, refuse
-from ext_authz.core.policy import Policy, decide
+from ext_authz.core.policy import Policy
 from ext_authz.policyfile.source import PolicyError
-from ext_authz.review import cases as policy_cases
+from ext_authz.review import cases as test_cases
 from ext_authz.review.cases import Case, Expect, Suite
 from ext_authz.review.coverage import Coverage
 from ext_authz.review.explain import by_claims, explain
@@ -64,7 +65,7 @@ def main(path: Path, out: Out, verbose: bool = False, coverage: bool = False, fa
     began = time.perf_counter()
     suites, unusable = _load(path)
     if unusable or not suites:
-        out(unusable or f"{path}: no {policy_cases.PATTERN} there\n")
+        out(unusable or f"{path}: no {test_cases.PATTERN} there\n")
         return 2
     failed: list[tuple[Suite, Result]] = []
     cases = 0
@@ -96,9 +97,9 @@ def _load(path: Path) -> tuple[list[Suite], str]:
     """The suites, and what is wrong with the files that are none."""
     suites: list[Suite] = []
     unusable = ""
-    for file in policy_cases.find(path):
+    for file in test_cases.find(path):
         try:
-            suites.append(policy_cases.load(file))
+            suites.append(test_cases.load(file))
         except PolicyError as e:
             unusable += f"{e}\n"
     return suites, unusable

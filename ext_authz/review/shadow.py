@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from ext_authz.core.check import Snapshot, check
+from ext_authz.core.check import check
 from ext_authz.core.difference import Difference, difference
 from ext_authz.core.model import Decision, Reason, Refusal, Request
 from ext_authz.core.policy import Policy
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.policyfile.compile import PolicyError
+from ext_authz.core.snapshot import Snapshot
+from ext_authz.policyfile.parse import parse_policy
+from ext_authz.policyfile.source import PolicyError
 from ext_authz.sources.keys import KeyStore
 from ext_authz.sources.watched import WatchedFile
 
@@ -94,7 +95,7 @@ class Shadow:
             if text is None:
                 return False
             path = self._file.path
-            policy = await asyncio.to_thread(policy_file.parse, text, str(path), path.parent)
+            policy = await asyncio.to_thread(parse_policy, text, str(path), path.parent)
         except (PolicyError, OSError) as e:
             self._refuse(str(e))
             return False

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import logging
-import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
-import grpc
 import uvloop
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from ext_authz import __version__
-from ext_authz.core.check import Memory
+from ext_authz.core.snapshot import CacheSizes
 from ext_authz.observe import log_lines
-from ext_authz.observe.counts import Counts, add_up, counted
 from ext_authz.observe.lease_counts import LeaseCounter
-from ext_authz.observe.metrics import Tally, gauge, registry
+from ext_authz.observe.metrics import Tally, registry
 from ext_authz.observe.status import StatusListener
+from ext_authz.serve.authorization import Authorization
 from ext_authz.serve.control import Control, Leasing
-from ext_authz.serve.server import NOBODY, Authorization, Epoch, Server, take_turns
+from ext_authz.serve.epoch import NO_POLICY, Epoch
+from ext_authz.serve.report import Report
+from ext_authz.serve.scheduling import take_turns
+from ext_authz.serve.server import Server
 from ext_authz.serve.witness import Witness
 from ext_authz.serve.workers import Workers, sockets
 from ext_authz.settings import Settings
 from ext_authz.sources.keys import KeyStore
-from ext_authz.wire import lease_filter as leases
+from ext_authz.wire import lease_filter
 from ext_authz.wire.ads import Ads
 from ext_authz.wire.bootstrap import envoy_file
 from ext_authz.wire.worker_endpoints import worker_endpoints
@@ -47,146 +46,100 @@ def run(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stopping.set)
-    began = time.time()
-    tally, ads = Tally(), Ads(fixed=worker_endpoints(sockets(settings)))
+        asyncio.get_running_loop().add_signal_handler(name, stopping.set)
     async with AsyncExitStack() as stack:
-        keys = KeyStore()
-        stack.push_async_callback(keys.close)
-        authorization = Authorization(NOBODY, keys, tally)
-        witness = authorization.witness = Witness.of(settings)
-        if witness is not None:
-            stack.push_async_callback(witness.close)
-            witness.start()
-        workers = Workers(settings, keys.refresh)
+        app = _App(settings, time.time())
+        await app.decide(stack)
+        await app.report(stack)
+        await app.listen(stack)
+        # Neither ends by itself: without the one no policy would be replaced, without the other no worker.
+        await _until(stopping, app.control.watch(), app.workers.ended())
+        log.info("draining for up to %g s", settings.drain)
 
-        def install(epoch: Epoch) -> None:
-            authorization.epoch = epoch
-            workers.install(epoch)
-            if witness is not None:
-                witness.beside(epoch.snapshot)
 
-        memory = Memory(settings.cached_tokens, settings.cached_decisions)
-        control = Control(settings.policy, keys, ads, install, leasing(settings, witness), memory, workers)
-        stack.push_async_callback(control.close)
-        stack.push_async_callback(workers.stop, 0.0)
-        workers.start()
-        await control.start()
+class _App:
+    """The parts of one server. Each method starts some of them, and leaves on the stack how they stop."""
+
+    def __init__(self, settings: Settings, began: float) -> None:
+        self._settings, self._began = settings, began
+        self._tally, self._caches = Tally(), CacheSizes(settings.cached_tokens, settings.cached_decisions)
+        self._keys = KeyStore()
+        self._ads = Ads(fixed=worker_endpoints(sockets(settings)))
+        self._authorization = Authorization(NO_POLICY, self._keys, self._tally)
+        self._witness = self._authorization.witness = Witness.of(settings)
+        self.workers = Workers(settings, self._keys.refresh)
+        self.control = Control(
+            settings.policy, self._keys, self._ads, self._install, leasing(settings, self._witness), self._caches,
+            self.workers,
+        )  # fmt: skip
+
+    def _install(self, epoch: Epoch) -> None:
+        self._authorization.epoch = epoch
+        self.workers.install(epoch)
+        if self._witness is not None:
+            self._witness.beside(epoch.snapshot)
+
+    async def decide(self, stack: AsyncExitStack) -> None:
+        """Put the policy in force, here and in the workers."""
+        stack.push_async_callback(self._keys.close)
+        if self._witness is not None:
+            stack.push_async_callback(self._witness.close)
+            self._witness.start()
+        stack.push_async_callback(self.control.close)
+        stack.push_async_callback(self.workers.stop, 0.0)
+        self.workers.start()
+        await self.control.start()
         gc.collect()
         gc.freeze()  # what is here now stays: no later collection needs to walk through it
 
-        counter = LeaseCounter(settings.envoy_admin)
+    async def report(self, stack: AsyncExitStack) -> None:
+        """Open the HTTP side door, if there is to be one."""
+        if self._settings.status is None:
+            return
+        counter = LeaseCounter(self._settings.envoy_admin)
+        report = Report(
+            self._began, self._tally, self._caches, self._authorization, self.control, self._keys, self._ads,
+            self.workers, counter, self._witness,
+        )  # fmt: skip
+        status = StatusListener(*self._settings.status, registry(report.families), report.status, report.refresh)
+        await status.start()
+        stack.push_async_callback(status.stop)
+        log.info("status on http://%s:%d", self._settings.status[0], status.port)
 
-        def own() -> Counts:
-            return counted(tally, memory, authorization.epoch.snapshot)
-
-        def report() -> dict[str, Any]:
-            counts = own()
-            told = _report(began, control, keys, ads, add_up([counts, workers.counts()]))
-            told["workers"] = [_owner(began, authorization.epoch, counts), *workers.report()]
-            told["leases"] |= counter.report()
-            return told | (witness.report() if witness else {})
-
-        async def fresh() -> None:
-            await asyncio.gather(workers.fresh(), counter.refresh())
-
-        def families() -> Iterator[Metric]:
-            total = add_up([own(), workers.counts()])
-            yield from total.tally().families()
-            yield from _families(control, keys, ads)
-            yield from _cache_families(total)
-            yield gauge("srp_workers", "Processes that take checks.", 1 + workers.serving)
-            yield CounterMetricFamily("srp_worker_restarts", "Workers that were replaced.", value=workers.restarts)
-
-        if settings.status is not None:
-            sources = (families, counter.families, *((witness.families,) if witness else ()))
-            status = StatusListener(*settings.status, registry(*sources), report, fresh)
-            await status.start()
-            stack.push_async_callback(status.stop)
-            log.info("status on http://%s:%d", settings.status[0], status.port)
-        handlers: tuple[grpc.GenericRpcHandler, ...] = (authorization.handlers(), ads.handlers())
+    async def listen(self, stack: AsyncExitStack) -> None:
+        """Take checks, and Envoys that want their configuration."""
+        settings = self._settings
+        handlers = self._authorization.handlers(), self._ads.handlers()
         server = Server(settings.listen, *handlers, max_concurrent=settings.max_concurrent)
         await server.start()
 
         async def stop() -> None:
-            await asyncio.gather(server.stop(settings.drain), workers.stop(settings.drain))
+            await asyncio.gather(server.stop(settings.drain), self.workers.stop(settings.drain))
 
         stack.push_async_callback(stop)
-        stack.push_async_callback(ads.close)
+        stack.push_async_callback(self._ads.close)
         log.info("srp %s listens on %s", __version__, server.address)
-        stopped = asyncio.create_task(stopping.wait())
-        # Neither ends by itself: without the one no policy would be replaced, without the other no worker.
-        tasks = {stopped, *map(asyncio.create_task, (control.watch(), workers.ended()))}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {stopped}:
+
+
+async def _until(stopping: asyncio.Event, *forever: Coroutine[Any, Any, None]) -> None:
+    """Until `stopping` is set. What runs `forever` beside it may not end by itself: RuntimeError, or what it raised."""
+    stopped: asyncio.Task[Any] = asyncio.create_task(stopping.wait())
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work) for work in forever]
+    try:
+        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task in done:
                 task.result()
-                raise RuntimeError("the policy or the workers are not looked after any more")
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        log.info("draining for up to %g s", settings.drain)
+                raise RuntimeError("the policy or the workers are no longer looked after")
+    finally:
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
 
 
 def leasing(settings: Settings, witness: Witness | None) -> Leasing | None:
-    """How leases are held, None if they are not: a witness is to see every decision."""
+    """How leases are held; None without them. A witness must see every decision, so there are none beside one."""
     if witness is not None or not settings.lease_entries:
         return None
-    return Leasing(envoy_file(leases.SCRIPT).read_text(), settings.lease_entries)
-
-
-def _report(began: float, control: Control, keys: KeyStore, ads: Ads, total: Counts) -> dict[str, Any]:
-    now = time.time()
-    policy = dataclasses.asdict(control.status)
-    policy["age_seconds"] = round(now - policy.pop("since"), 3)
-    return {
-        "version": __version__,
-        "uptime_seconds": round(now - began, 3),
-        "policy": policy,
-        "envoy": {"connected": ads.connected, "acknowledged": ads.acknowledged, "last_error": ads.last_error},
-        "keys": [dataclasses.asdict(k) for k in keys.status()],
-        "decisions": {f"{verdict}/{reason}": n for verdict, reason, n in total.decisions},
-        "rpc_errors": total.rpc_errors,
-        "leases": {"on": control.lease is not None, "epoch": control.lease, "granted": total.leases},
-    }
-
-
-def _owner(began: float, epoch: Epoch, counts: Counts) -> dict[str, Any]:
-    """This process as the first of the workers."""
-    return {
-        "worker": 0, "pid": os.getpid(), "age_seconds": round(time.time() - began, 3), "serving": True,
-        "epoch": epoch.snapshot.epoch, "checks": counts.checks, "restarts": 0,
-    }  # fmt: skip
-
-
-def _families(control: Control, keys: KeyStore, ads: Ads) -> Iterator[Metric]:
-    status = control.status
-    yield InfoMetricFamily("srp_policy", "The policy in force.", value={"digest": status.digest})
-    yield gauge("srp_policy_since_seconds", "When the policy came into force, in epoch seconds.", status.since)
-    yield gauge("srp_policy_error", "1 while the newest policy file is refused.", float(status.error is not None))
-    yield CounterMetricFamily("srp_policy_reloads", "Policies put in force after the first.", value=status.reloads)
-    yield CounterMetricFamily("srp_policy_failures", "Policy files refused.", value=status.failures)
-    yield gauge("srp_envoy_connected", "Envoys connected to ADS.", ads.connected)
-    fetches = CounterMetricFamily("srp_key_fetches", "Fetches of an issuer's keys.", labels=["issuer"])
-    failures = CounterMetricFamily("srp_key_failures", "Failed fetches of an issuer's keys.", labels=["issuer"])
-    for key in keys.status():
-        fetches.add_metric([key.issuer], key.fetches)
-        failures.add_metric([key.issuer], key.failures)
-    yield fetches
-    yield failures
-
-
-def _cache_families(total: Counts) -> Iterator[Metric]:
-    entries = GaugeMetricFamily("srp_cache_entries", "What the epoch in force remembers.", labels=["cache"])
-    hits = CounterMetricFamily("srp_cache_hits", "Found in the cache.", labels=["cache"])
-    misses = CounterMetricFamily("srp_cache_misses", "Not found in the cache.", labels=["cache"])
-    evictions = CounterMetricFamily("srp_cache_evictions", "Forgotten because the cache was full.", labels=["cache"])
-    for name, use in total.caches.items():
-        entries.add_metric([name], use.entries)
-        hits.add_metric([name], use.hits)
-        misses.add_metric([name], use.misses)
-        evictions.add_metric([name], use.evictions)
-    yield from (entries, hits, misses, evictions)
+    return Leasing(envoy_file(lease_filter.SCRIPT).read_text(), settings.lease_entries)

@@ -22,21 +22,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from ext_authz.core.check import Memory
+from ext_authz.core import leases
 from ext_authz.core.policy import Policy
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.policyfile import warnings as policy_warnings
-from ext_authz.policyfile.compile import PolicyError
-from ext_authz.serve.server import Epoch
+from ext_authz.core.snapshot import CacheSizes
+from ext_authz.policyfile.parse import parse_policy
+from ext_authz.policyfile.source import PolicyError
+from ext_authz.policyfile.warnings import dropped, warnings
+from ext_authz.serve.epoch import Epoch
 from ext_authz.sources.keys import KeyStore
 from ext_authz.sources.watched import WatchedFile
-from ext_authz.wire import lease_filter as leases
-from ext_authz.wire.ads import Ads, Kind, Outcome, Resources
+from ext_authz.wire import lease_filter
+from ext_authz.wire.ads import Ads, Publication, PublishResult, Resources
 from ext_authz.wire.clusters import cluster_resources
 
 ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
-GATHER = 0.05  # seconds in which changes of keys become one push
-WORKERS = 0.02  # seconds in which Envoy's worker threads follow the main thread, which is the one that answers
+KEY_DEBOUNCE = 0.05  # seconds in which changes of keys become one push
+WORKER_LAG = 0.02  # seconds in which Envoy's worker threads follow its main thread, which is the one that answers
 CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
 
 log = logging.getLogger("srp.reload")
@@ -77,11 +78,14 @@ class Followers(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sent:
-    """What Envoy was last sent: clusters for one policy, and the lease filter `lease` of `version` for another."""
+    """What Envoy was last sent: the clusters of one policy, and the lease filter of another, for `lease_epoch`.
+
+    `version` is the filter's.
+    """
 
     clusters: Policy
     policy: Policy
-    lease: str
+    lease_epoch: str
     version: str
 
 
@@ -98,7 +102,7 @@ class Control:
         ads: Ads,
         install: Callable[[Epoch], None],
         leasing: Leasing | None = None,
-        memory: Memory | None = None,
+        caches: CacheSizes | None = None,
         followers: Followers | None = None,
     ) -> None:
         self._file = WatchedFile(path)
@@ -106,7 +110,7 @@ class Control:
         self._ads = ads
         self._install = install
         self._leasing = leasing
-        self._memory = memory or Memory()
+        self._caches = caches or CacheSizes()
         self._followers = followers
         self._policy: Policy | None = None
         self._epoch = 0
@@ -128,9 +132,9 @@ class Control:
         return PolicyStatus(self._digest, self._since, self._reloads, self._failures, self._error, self._warnings)
 
     @property
-    def lease(self) -> str | None:
+    def lease_epoch(self) -> str | None:
         """The epoch that leases are granted in; None while none are."""
-        return self._active.lease if self._active is not None and self._active.grants else None
+        return self._active.lease_epoch if self._active is not None and self._active.grants else None
 
     async def start(self) -> None:
         """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
@@ -165,7 +169,7 @@ class Control:
 
     async def _parse(self, text: bytes) -> Policy:
         path = self._file.path
-        return await asyncio.to_thread(policy_file.parse, text, str(path), path.parent)
+        return await asyncio.to_thread(parse_policy, text, str(path), path.parent)
 
     async def _adopt(self, policy: Policy, text: bytes) -> bool:
         old = self._policy
@@ -175,27 +179,27 @@ class Control:
         await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
         if self._drain is not None:
             self._drain.cancel()
-        lease = _new_lease()
-        outcome = await self._publish(_both(old, policy), policy, lease)
-        if outcome.kind is Kind.NACKED:
+        lease_epoch = _new_lease_epoch()
+        published = await self._publish(_both(old, policy), policy, lease_epoch)
+        if published.result is PublishResult.NACKED:
             if old is not None:
                 await self._keys.follow(old.issuers.values())
-                await self._publish(old, old, self._active.lease if self._active else _new_lease())
-            self._refuse(f"envoy refused the policy's clusters: {outcome.message}")
+                await self._publish(old, old, self._active.lease_epoch if self._active else _new_lease_epoch())
+            self._refuse(f"envoy refused the policy's clusters: {published.message}")
             return False
         self._policy = policy
-        self._renew(lease)
+        self._renew(lease_epoch)
         if self._followers is not None:
             await self._followers.settled()
         self._digest, self._error, self._since = policy.digest, None, time.time()
         self._reloads += old is not None
-        self._warnings = tuple(policy_warnings.warnings(policy))
+        self._warnings = tuple(warnings(policy))
         if old is not None:
-            self._warnings += tuple(policy_warnings.dropped(old, policy))
+            self._warnings += tuple(dropped(old, policy))
             if set(old.experts) - set(policy.experts):
                 self._drain = asyncio.create_task(self._drop_clusters(policy))
         await self._keys.follow(policy.issuers.values())
-        log.info("policy %s is in force (%s)", policy.digest, outcome.message or outcome.kind.value)
+        log.info("policy %s is in force (%s)", policy.digest, published.message or published.result.value)
         for warning in self._warnings:
             log.warning("policy %s: %s", policy.digest, warning)
         return True
@@ -204,49 +208,55 @@ class Control:
         await asyncio.sleep(CLUSTER_DRAIN)
         async with self._lock:
             # A new filter, too, would be one more epoch: what Envoy has of it stays.
-            outcome = await self._publish(policy, policy, self._sent.lease if self._sent else _new_lease())
-        if outcome.kind is Kind.NACKED:
-            self._error = f"envoy refused to drop clusters: {outcome.message}"
+            published = await self._publish(
+                policy, policy, self._sent.lease_epoch if self._sent else _new_lease_epoch()
+            )
+        if published.result is PublishResult.NACKED:
+            self._error = f"envoy refused to drop clusters: {published.message}"
             log.error("%s", self._error)
 
-    async def _publish(self, clusters: Policy, policy: Policy, lease: str) -> Outcome:
+    async def _publish(self, clusters: Policy, policy: Policy, lease_epoch: str) -> Publication:
         """Send Envoy the clusters of one policy and the lease filter of another, and wait for its answer."""
         script, entries = (self._leasing.script, self._leasing.entries) if self._leasing else (None, 0)
-        lease_filter = leases.filter_resource(script, policy, lease, entries)
-        resources = Resources.of({**cluster_resources(clusters).types, leases.TYPE_EXTENSION: (lease_filter,)})
-        self._sent = _Sent(clusters, policy, lease, resources.versions[leases.TYPE_EXTENSION])
-        held = self._ads.agreed(leases.TYPE_EXTENSION)
+        resource = lease_filter.filter_resource(script, policy, lease_epoch, entries)
+        resources = Resources.of({**cluster_resources(clusters).types, lease_filter.TYPE_EXTENSION: (resource,)})
+        self._sent = _Sent(clusters, policy, lease_epoch, resources.versions[lease_filter.TYPE_EXTENSION])
+        held = self._ads.agreed(lease_filter.TYPE_EXTENSION)
         self._agree()
-        outcome = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
-        if outcome.kind is Kind.ACKED and held != self._sent.version:
-            await asyncio.sleep(WORKERS)
-        return outcome
+        published = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+        if published.result is PublishResult.ACKED and held != self._sent.version:
+            await asyncio.sleep(WORKER_LAG)
+        return published
 
-    def _renew(self, lease: str) -> None:
+    def _renew(self, lease_epoch: str) -> None:
         """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""
         if self._policy is not None:
             self._epoch += 1
-            self._active = Epoch.of(self._memory.snapshot(self._policy, self._keys.keys, self._epoch), lease)
+            self._active = Epoch.of(self._caches.snapshot(self._policy, self._keys.keys, self._epoch), lease_epoch)
             self._install(self._active)
             self._agree()
 
     def _keys_changed(self) -> None:
-        self._renew(_new_lease())
+        self._renew(_new_lease_epoch())
         if self._pushing is None or self._pushing.done():
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
         """Send Envoy the lease filter of the newest epoch, until it has it."""
         while self._behind():
-            await asyncio.sleep(GATHER)
+            await asyncio.sleep(KEY_DEBOUNCE)
             async with self._lock:
                 if self._behind() and self._active is not None and self._sent is not None:
-                    outcome = await self._publish(self._sent.clusters, self._active.snapshot.policy, self._active.lease)
-                    if outcome.kind is Kind.NACKED:
-                        log.error("envoy refused the lease filter, so there are no leases: %s", outcome.message)
+                    published = await self._publish(
+                        self._sent.clusters, self._active.snapshot.policy, self._active.lease_epoch
+                    )
+                    if published.result is PublishResult.NACKED:
+                        log.error("envoy refused the lease filter, so there are no leases: %s", published.message)
 
     def _behind(self) -> bool:
-        return self._active is not None and self._sent is not None and self._active.lease != self._sent.lease
+        return (
+            self._active is not None and self._sent is not None and self._active.lease_epoch != self._sent.lease_epoch
+        )
 
     def _agree(self) -> None:
         """Have leases granted exactly while every Envoy with a lease filter has that of the epoch in force."""
@@ -256,8 +266,8 @@ class Control:
         grants = (
             self._leasing is not None
             and leases.possible(active.snapshot.policy)
-            and active.lease == sent.lease
-            and self._ads.agreed(leases.TYPE_EXTENSION) == sent.version
+            and active.lease_epoch == sent.lease_epoch
+            and self._ads.agreed(lease_filter.TYPE_EXTENSION) == sent.version
         )
         if grants != active.grants:
             self._active = dataclasses.replace(active, grants=grants)
@@ -271,7 +281,7 @@ class Control:
         self._error = error
 
 
-def _new_lease() -> str:
+def _new_lease_epoch() -> str:
     """Unlike any before, in this process or another: Envoy keeps what it holds if it is sent the same text again."""
     return secrets.token_hex(8)
 

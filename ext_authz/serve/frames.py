@@ -52,14 +52,14 @@ class PolicyText:
 class EpochOf:
     """Decide by this: the policy of this digest and these keys (`jwk.key_text`), by issuer. The answer is Installed.
 
-    `order` grows with each one sent. `epoch`, `lease` and `grants` are the owner's own.
+    `order` grows with each one sent. `epoch`, `lease_epoch` and `grants` are the owner's own.
     """
 
     order: int
     epoch: int
     policy: str
     keys: Mapping[str, tuple[str, ...]]
-    lease: str
+    lease_epoch: str
     grants: bool
     kind: Literal["epoch"] = "epoch"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from ext_authz.core.check import Snapshot
 from ext_authz.core.model import Decision, Request
+from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.decision_log import DecisionLog
 from ext_authz.observe.decision_record import Scribe
 from ext_authz.observe.metrics import gauge

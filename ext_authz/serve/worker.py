@@ -21,15 +21,19 @@ from typing import NoReturn
 import uvloop
 
 from ext_authz.core import jwk
-from ext_authz.core.check import Memory
 from ext_authz.core.policy import Policy
+from ext_authz.core.snapshot import CacheSizes
 from ext_authz.observe import log_lines
 from ext_authz.observe.counts import Counts, counted
 from ext_authz.observe.metrics import Tally
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 from ext_authz.serve import frames
+from ext_authz.serve.authorization import Authorization
+from ext_authz.serve.epoch import NO_POLICY, Epoch
 from ext_authz.serve.frames import BadFrame
-from ext_authz.serve.server import DRAIN, NOBODY, Authorization, Epoch, Server, take_turns, unix_path
+from ext_authz.serve.scheduling import take_turns
+from ext_authz.serve.server import Server, unix_path
+from ext_authz.settings import DRAIN
 
 log = logging.getLogger("srp.worker")
 
@@ -102,10 +106,10 @@ class Worker:
     def __init__(self, start: frames.Start, send: Callable[[frames.ToOwner], object]) -> None:
         self._start = start
         self._send = send
-        self._memory = Memory(start.cached_tokens, start.cached_decisions)
+        self._caches = CacheSizes(start.cached_tokens, start.cached_decisions)
         self._tally = Tally()
         self._keys = _OwnersKeys(send)
-        self._authorization = Authorization(NOBODY, self._keys, self._tally)
+        self._authorization = Authorization(NO_POLICY, self._keys, self._tally)
         self._policies: dict[str, Policy] = {}  # those that the next epoch may be of
         self._newest = ""
         self._compiling: set[asyncio.Task[None]] = set()
@@ -154,7 +158,7 @@ class Worker:
 
     def tell(self, order: int) -> None:
         """Tell the counts, if they are others than those told last."""
-        counts = counted(self._tally, self._memory, self._authorization.epoch.snapshot)
+        counts = counted(self._tally, self._caches, self._authorization.epoch.snapshot)
         self._send(frames.Told(order, None if counts == self._told else counts))
         self._told = counts
 
@@ -162,7 +166,7 @@ class Worker:
         if message.digest not in self._policies:
             path = Path(message.path)
             # The owner has read the files with keys, and sends the keys.
-            made = await asyncio.to_thread(policy_file.parse, message.text, path.name, path.parent, key_files=False)
+            made = await asyncio.to_thread(parse_policy, message.text, path.name, path.parent, key_files=False)
             self._policies[message.digest] = made
             self._forget()
         self._send(frames.Compiled(message.digest))
@@ -186,9 +190,9 @@ class Worker:
         if epoch is None or policy is None:
             return
         active = self._authorization.epoch
-        if active.snapshot.epoch != epoch.epoch or active.lease != epoch.lease:
+        if active.snapshot.epoch != epoch.epoch or active.lease_epoch != epoch.lease_epoch:
             keys = {issuer: tuple(map(jwk.key_of_text, texts)) for issuer, texts in epoch.keys.items()}
-            active = Epoch.of(self._memory.snapshot(policy, keys, epoch.epoch), epoch.lease)
+            active = Epoch.of(self._caches.snapshot(policy, keys, epoch.epoch), epoch.lease_epoch)
         self._authorization.epoch = dataclasses.replace(active, grants=epoch.grants)
         self._forget()
         self._send(frames.Installed(epoch.order, epoch.epoch))

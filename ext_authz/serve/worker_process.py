@@ -14,9 +14,9 @@ from typing import Any
 
 from ext_authz.observe.counts import Counts
 
-START = 120.0  # seconds until a worker must be ready to listen; many of them share the machine's cores
-ANSWER = 2.0  # seconds to take over an epoch
-ALIVE = 3.0  # seconds to say anything at all
+START_TIMEOUT = 120.0  # seconds until a worker must be ready to listen; many of them share the machine's cores
+INSTALL_TIMEOUT = 2.0  # seconds to take over an epoch
+ANSWER_TIMEOUT = 3.0  # seconds to answer anything at all
 
 
 @dataclass(eq=False, slots=True)
@@ -68,11 +68,11 @@ class WorkerProcess:
     def late(self, now: float) -> str | None:
         """Why it is not to be waited for any longer."""
         if not self.listens:
-            return f"was not ready in {START:g} s" if now - self.began > START else None
-        if self.owed and now - next(iter(self.owed.values())) > ANSWER:
-            return f"did not take over an epoch in {ANSWER:g} s"
-        if self.asked is not None and now - self.asked > ALIVE:
-            return f"has not answered for {ALIVE:g} s"
+            return f"was not ready in {START_TIMEOUT:g} s" if now - self.began > START_TIMEOUT else None
+        if self.owed and now - next(iter(self.owed.values())) > INSTALL_TIMEOUT:
+            return f"did not take over an epoch in {INSTALL_TIMEOUT:g} s"
+        if self.asked is not None and now - self.asked > ANSWER_TIMEOUT:
+            return f"has not answered for {ANSWER_TIMEOUT:g} s"
         return None
 
 

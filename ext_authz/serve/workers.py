@@ -1,7 +1,7 @@
 """The owner's side of `srp serve --workers`: processes that decide by the same epochs, each on a socket of its own.
 
-A worker listens only when it decides by the newest epoch, and every later one it must take over in ANSWER seconds, or
-it is killed: so once `settled` returns no process decides by an older one. Whoever ends is replaced.
+A worker listens only when it decides by the newest epoch, and must take over every later one within INSTALL_TIMEOUT
+seconds, or it is killed: once `settled` returns, no process decides by an older one. A worker that ends is replaced.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 from ext_authz.core import jwk
 from ext_authz.observe.counts import Counts, add_up, ended
 from ext_authz.serve import frames, worker_process
+from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.frames import BadFrame
-from ext_authz.serve.server import Epoch, unix_path
+from ext_authz.serve.server import unix_path
 from ext_authz.serve.worker_process import Place, WorkerProcess, reported
 from ext_authz.settings import Settings
 
-PREPARE = 30.0  # seconds to compile a policy that the owner has compiled already
-FRESH = 1.0  # seconds that a report waits for the newest counts
-ASK = 1.0  # seconds between two questions for counts
-LOOK = 0.1  # seconds between two looks at who is late
-HELD_UP = 1.0  # seconds between two looks that tell that the owner itself was held up
-BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds until a worker is replaced
-STEADY = 10.0  # seconds that a worker lives, for its end to be taken for the first
-LAST = 2.0  # seconds beyond the drain that a worker has to end
+COMPILE_TIMEOUT = 30.0  # seconds to compile a policy that the owner has compiled already
+REPORT_WAIT = 1.0  # seconds that a report waits for the newest counts
+COUNTS_INTERVAL = 1.0  # seconds between two requests for counts
+WATCH_INTERVAL = 0.1  # seconds between two checks for workers that are late
+STALL = 1.0  # seconds between two checks which show that the owner itself was delayed
+BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds before a worker is replaced
+STEADY_LIFE = 10.0  # seconds after which the end of a worker no longer counts as a repeated failure
+STOP_MARGIN = 2.0  # seconds beyond the drain that a worker has to end
 
 log = logging.getLogger("srp.workers")
 
@@ -74,9 +75,9 @@ class Workers:
         for worker in self._living:
             worker.compiled.discard(digest)
             worker.send(self._policies[digest])
-        if not await self._until(lambda: all(digest in w.compiled for w in self._deciding()), PREPARE):
+        if not await self._until(lambda: all(digest in w.compiled for w in self._deciding()), COMPILE_TIMEOUT):
             for worker in [w for w in self._deciding() if digest not in w.compiled]:
-                self._kill(worker, f"did not compile policy {digest} in {PREPARE:g} s")
+                self._kill(worker, f"did not compile policy {digest} in {COMPILE_TIMEOUT:g} s")
 
     def install(self, epoch: Epoch) -> None:
         """Have every worker decide by `epoch`."""
@@ -86,7 +87,7 @@ class Workers:
         snapshot = epoch.snapshot
         keys = {issuer: tuple(map(jwk.key_text, found)) for issuer, found in snapshot.keys.items()}
         self._epoch = frames.EpochOf(
-            self._order, snapshot.epoch, snapshot.policy.digest, keys, epoch.lease, epoch.grants
+            self._order, snapshot.epoch, snapshot.policy.digest, keys, epoch.lease_epoch, epoch.grants
         )
         self._forget()
         data, now = frames.frame(self._epoch), time.monotonic()
@@ -98,12 +99,12 @@ class Workers:
         """Until no worker decides by an older epoch than the newest."""
         await self._until(self._is_settled)
 
-    async def fresh(self) -> None:
-        """Until the counts are of now, and everybody decides by the newest epoch; for FRESH seconds at most."""
+    async def refresh(self) -> None:
+        """Until the counts are of now, and everybody decides by the newest epoch; for REPORT_WAIT seconds at most."""
         asked = self._deciding()
         order = self._ask()
         await self._until(
-            lambda: self._is_settled() and all(w.told >= order or w not in self._living for w in asked), FRESH
+            lambda: self._is_settled() and all(w.told >= order or w not in self._living for w in asked), REPORT_WAIT
         )
 
     async def stop(self, drain: float) -> None:
@@ -114,7 +115,7 @@ class Workers:
                 worker.send(frames.frame(frames.Stop(drain)))
             else:
                 worker.process.kill()
-        await self._until(lambda: not self._living, drain + LAST)
+        await self._until(lambda: not self._living, drain + STOP_MARGIN)
         tasks = list(filter(None, (self._running, *self._refreshing)))
         for task in tasks:
             task.cancel()
@@ -149,7 +150,7 @@ class Workers:
             if self._stopping:
                 return
             lived = time.monotonic() - began
-            backoff = BACKOFF if lived >= STEADY else backoff
+            backoff = BACKOFF if lived >= STEADY_LIFE else backoff
             place.restarts += 1
             log.warning("worker %d ended after %.1f s (%s); another comes in %g s", place.number, lived, why, backoff)
             await asyncio.sleep(backoff)
@@ -245,13 +246,13 @@ class Workers:
         """Ask for counts, and end whoever is late. No more of that once they are to stop."""
         asked, looked = 0.0, time.monotonic()
         while not self._stopping:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
-            if now - asked >= ASK:
+            if now - asked >= COUNTS_INTERVAL:
                 asked = now
                 self._ask()
             for worker in list(self._living):
-                if now - looked > HELD_UP:
+                if now - looked > STALL:
                     worker.wait_anew(now)
                 if why := worker.late(now):
                     self._kill(worker, why)

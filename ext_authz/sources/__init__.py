@@ -1,1 +1,1 @@
-"""TODO sources."""
+"""What is fetched or watched: the issuers' keys, and files that somebody else replaces."""

@@ -8,69 +8,18 @@ from __future__ import annotations
 import asyncio
 import ssl
 import stat
-from ipaddress import ip_address
 from pathlib import Path
 
 import aiohttp
-from yarl import URL
 
 from ext_authz.core.jwk import MAX_BYTES
+from ext_authz.core.jwks_url import jwks_url
 from ext_authz.core.policy import JwksSource
+from ext_authz.sources.http import body_of
 
 
 class SourceError(Exception):
     """A source gave no keys. Its text goes to logs and `/status`: never a byte of what was read."""
-
-
-def jwks_url(text: str) -> URL:
-    """The URL that keys may be fetched from: https, or http to this host's loopback. ValueError says what is wrong."""
-    try:
-        url = URL(text)
-    except ValueError:
-        raise ValueError("is not a URL") from None
-    if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.host)):
-        raise ValueError("expected https (http only to loopback)")
-    if url.host is None or url.user is not None or url.password is not None or url.fragment:
-        raise ValueError("expected a host, and neither user, password nor fragment")
-    return url
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def shown(url: str) -> str:
-    """The URL for people: without user or query, which may hold a secret."""
-    try:
-        return str(URL(url).with_user(None).with_query(None).with_fragment(None))
-    except ValueError:
-        return "the JWKS URL"
-
-
-def session_for(timeout: float) -> aiohttp.ClientSession:
-    """No cookies, no proxy from the environment, a new connection (and name look-up) each time."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
-        timeout=aiohttp.ClientTimeout(total=timeout),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-        auto_decompress=False,
-    )
-
-
-async def body_of(response: aiohttp.ClientResponse, most: int) -> bytes | None:
-    """The body, None if it is of over `most` bytes: no more of it is read then."""
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(16 * 1024):
-        body += chunk
-        if len(body) > most:
-            return None
-    return bytes(body)
 
 
 async def fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -> bytes:

@@ -20,8 +20,10 @@ from types import MappingProxyType
 import aiohttp
 
 from ext_authz.core.jwk import Key, parse_jwks, secret_key
+from ext_authz.core.jwks_url import shown
 from ext_authz.core.policy import Issuer, JwksSource
-from ext_authz.sources.key_source import SourceError, fetch, read_file, session_for, shown
+from ext_authz.sources.http import session_for
+from ext_authz.sources.key_source import SourceError, fetch, read_file
 
 log = logging.getLogger("srp.keys")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from watchfiles import Change, awatch
 
-SETTLE = 0.02  # seconds a file must hold still before it is believed
+SETTLE_TIME = 0.02  # seconds a file must hold still before it is believed
 MAX_BYTES = 16 * 1024 * 1024  # that are read; who reads them has a lower limit
-POLL = 5.0  # seconds between looks at the file, should a notification be lost
+POLL_INTERVAL = 5.0  # seconds between looks at the file, should a notification be lost
 
 
 class WatchedFile:
@@ -30,7 +30,7 @@ class WatchedFile:
         if text != before:
             # Half a file may be a valid policy of another meaning.
             for _ in range(50):
-                await asyncio.sleep(SETTLE)
+                await asyncio.sleep(SETTLE_TIME)
                 again = await asyncio.to_thread(_read, self.path)
                 if again == text:
                     break
@@ -44,12 +44,12 @@ class WatchedFile:
             # The folder, not the file: a ConfigMap swaps a symlink and editors rename, and neither shows in the file.
             events = awatch(
                 self.path.parent, watch_filter=self._concerns, debounce=50, step=50, recursive=False,
-                rust_timeout=int(POLL * 1000), yield_on_timeout=True,
+                rust_timeout=int(POLL_INTERVAL * 1000), yield_on_timeout=True,
             )  # fmt: skip
             with suppress(FileNotFoundError):
                 async for _ in events:
                     yield
-            await asyncio.sleep(POLL)  # the folder is not there
+            await asyncio.sleep(POLL_INTERVAL)  # the folder is not there
             yield
 
     def _concerns(self, _: Change, path: str) -> bool:

@@ -1,1 +1,1 @@
-"""TODO wire."""
+"""The only room that knows Envoy's messages: Check, ADS, clusters, the lease filter, the bootstrap file."""

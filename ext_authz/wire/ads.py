@@ -23,7 +23,7 @@ from ext_authz.wire.twin import twins
 
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 MAX_TYPES = 16  # one stream may ask for; Envoy asks for three
-SETTLE = 0.1  # seconds
+SETTLE_TIME = 0.1  # seconds that a new cluster gets for its first health check
 
 _TWINS = twins(DiscoveryRequest, DiscoveryResponse)
 _Request: Any = _TWINS[DiscoveryRequest]
@@ -49,7 +49,7 @@ class Resources:
         return Resources(types, versions, _digest(*(text.encode() for pair in versions.items() for text in pair)))
 
 
-class Kind(StrEnum):
+class PublishResult(StrEnum):
     """How a publication ended."""
 
     ACKED = "acked"
@@ -59,10 +59,10 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Publication:
     """`message` is for the log; for NACKED it is Envoy's own."""
 
-    kind: Kind
+    result: PublishResult
     message: str = ""
 
 
@@ -74,7 +74,9 @@ class Ads:
     `fixed` are types that every Envoy gets before those that are published, and that never change.
     """
 
-    def __init__(self, settle: float = SETTLE, fixed: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})) -> None:
+    def __init__(
+        self, settle: float = SETTLE_TIME, fixed: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})
+    ) -> None:
         self._settle = settle
         self._fixed = fixed
         self._current: Resources | None = None
@@ -97,7 +99,7 @@ class Ads:
         versions = {s.acked(url) for s in self._streams if s.asks_for(url)}
         return versions.pop() if len(versions) == 1 else None
 
-    async def publish(self, resources: Resources, timeout: float = 2.0) -> Outcome:  # noqa: ASYNC109 - told as TIMEOUT
+    async def publish(self, resources: Resources, timeout: float = 2.0) -> Publication:  # noqa: ASYNC109 - told as TIMEOUT
         """Send `resources` to the connected Envoys and wait, at most `timeout` seconds, until all of them have it.
 
         It is in force from now on, for Envoys that connect later too; but NACKED puts back in force what was before.
@@ -108,18 +110,22 @@ class Ads:
             before, self._current = self._current, resources
             self._wake()
             try:
-                outcome = await asyncio.wait_for(self._verdict(resources), timeout)
+                published = await asyncio.wait_for(self._verdict(resources), timeout)
             except TimeoutError:
-                return Outcome(Kind.TIMEOUT, f"envoy has not answered for {timeout:g} s")
-            if outcome.kind is Kind.NACKED:
+                return Publication(PublishResult.TIMEOUT, f"envoy has not answered for {timeout:g} s")
+            if published.result is PublishResult.NACKED:
                 self._current = before
                 self._restored = before.version if before else None
                 self._wake()
-            elif outcome.kind is Kind.ACKED and before and self._clusters(before) != self._clusters(resources):
+            elif (
+                published.result is PublishResult.ACKED
+                and before
+                and self._clusters(before) != self._clusters(resources)
+            ):
                 # An ACK says that the main thread accepted. A new cluster takes requests after its first health
                 # check, and no message tells when that is; a living expert answers it within milliseconds.
                 await asyncio.sleep(self._settle)
-            return outcome
+            return published
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """StreamAggregatedResources as a handler on bytes."""
@@ -131,15 +137,15 @@ class Ads:
         self._closed = True
         self._wake()
 
-    async def _verdict(self, resources: Resources) -> Outcome:
+    async def _verdict(self, resources: Resources) -> Publication:
         while self._streams:
             if error := next((e for s in self._streams if (e := s.refused(resources))), None):
-                return Outcome(Kind.NACKED, error)
+                return Publication(PublishResult.NACKED, error)
             if all(s.has(resources) for s in self._streams):
-                return Outcome(Kind.ACKED)
+                return Publication(PublishResult.ACKED)
             self._progress.clear()
             await self._progress.wait()
-        return Outcome(Kind.NO_ENVOY, "no envoy is connected")
+        return Publication(PublishResult.NO_ENVOY, "no envoy is connected")
 
     async def _serve(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         stream = _Stream()

@@ -18,13 +18,15 @@ from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValueOptionHe
 from envoy_data_plane.envoy.service.auth.v3 import AttributeContextHttpRequest, CheckRequest, CheckResponse
 from google.protobuf.message import DecodeError
 
-from ext_authz.core.check import Heading
-from ext_authz.core.gate import MAX_NAMES, REQUESTED_CLUSTER
+from ext_authz.core import headers
+from ext_authz.core.gate import MAX_NAMES
+from ext_authz.core.headers import Answer
 from ext_authz.core.model import Decision, Reason, Request, Verdict
-from ext_authz.core.policy import TOKEN_HEADERS, Expert, Policy
+from ext_authz.core.policy import Expert, Policy
+from ext_authz.core.snapshot import Fingerprint
 from ext_authz.wire.twin import twins
 
-# The headers stay bytes until somebody reads them.
+# The headers stay bytes until they are needed.
 _OPAQUE = frozenset({(AttributeContextHttpRequest, "header_map")})
 _TWINS = twins(CheckRequest, CheckResponse, HeaderMap, opaque=_OPAQUE)
 _CheckRequest: Any = _TWINS[CheckRequest]
@@ -37,22 +39,22 @@ _OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 _IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
-_PREPARED = 1024  # decisions whose answers are kept
-_SUBJECTS = 16_384  # to remember what is written of them
-_SHORT = 128  # characters of such a one
+_PREPARED = 1024  # decisions whose answers are cached
+_CACHED_SUBJECTS = 16_384
+_SHORT = 128  # characters of a subject that is cached
 MAX_RETRIES = 10
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
 class Raw:
-    """An HTTP request with its headers as Envoy sent them. `heading` stands for the path and the headers."""
+    """An HTTP request with its headers as Envoy sent them. `fingerprint` stands for the path and the headers."""
 
-    __slots__ = ("_http", "heading")
+    __slots__ = ("_http", "fingerprint")
 
-    def __init__(self, http: Any, heading: Heading) -> None:
+    def __init__(self, http: Any, fingerprint: Fingerprint) -> None:
         self._http = http
-        self.heading = heading
+        self.fingerprint = fingerprint
 
     @property
     def body(self) -> bytes:
@@ -65,17 +67,17 @@ class Raw:
             sent = _HeaderMap.FromString(self._http.header_map).headers
         except DecodeError:
             raise ValueError("not a CheckRequest") from None
-        headers: dict[str, str] = {}
+        found: dict[str, str] = {}
         repeated: list[str] = []
         for header in sent:
             name = header.key
             if wanted is None or name in wanted:
-                if name in headers:
+                if name in found:
                     repeated.append(name)
                 else:
-                    headers[name] = header.raw_value.decode("latin-1")
+                    found[name] = header.raw_value.decode("latin-1")
         return Request(
-            self._http.method, self.heading[0], headers, self.body, frozenset(repeated) if repeated else _NONE
+            self._http.method, self.fingerprint[0], found, self.body, frozenset(repeated) if repeated else _NONE
         )
 
 
@@ -100,14 +102,15 @@ def read(data: bytes) -> Request:
 
 
 class Writer:
-    """Decisions of one policy to response bytes. What it has made of the latest decisions is kept."""
+    """Decisions of one policy to response bytes. The bytes of recent decisions are cached, all but ids and subjects:
+    they follow from policy and decision alone."""
 
-    __slots__ = ("_ids", "_lease", "_policy", "_prepared", "_ready", "_sentinel")
+    __slots__ = ("_ids", "_lease_epoch", "_policy", "_prepared", "_ready", "_sentinel")
 
-    def __init__(self, policy: Policy, lease: str = "") -> None:
-        """`lease` is the epoch that leases are granted in."""
+    def __init__(self, policy: Policy, lease_epoch: str = "") -> None:
+        """`lease_epoch` is the epoch that leases are granted in."""
         self._policy = policy
-        self._lease = lease
+        self._lease_epoch = lease_epoch
         # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
         self._sentinel = secrets.token_hex(8)
         self._ids = count(secrets.randbits(64))
@@ -134,11 +137,11 @@ class Writer:
         """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
         response = _CheckResponse.FromString(self.write(decision, decision_id, subject))
         lease = response.dynamic_metadata.fields["lease"].struct_value.fields
-        lease["epoch"].string_value = self._lease
+        lease["epoch"].string_value = self._lease_epoch
         lease["expires"].string_value = str(int(until * 1000))
-        headers = lease["headers"].struct_value.fields
+        granted = lease["headers"].struct_value.fields
         for option in response.ok_response.headers:
-            headers[option.header.key].string_value = option.header.value
+            granted[option.header.key].string_value = option.header.value
         return bytes(response.SerializeToString())
 
     def _prepare(self, decision: Decision) -> list[bytes]:
@@ -147,27 +150,28 @@ class Writer:
         response = build(self._policy, decision, self._sentinel)
         parts: list[bytes] = response.SerializeToString().split(self._sentinel.encode())
         if len(self._prepared) >= _PREPARED:
-            self._prepared.clear()  # most requests have one of a few decisions: those are soon there again
+            self._prepared.clear()  # most requests have one of a few decisions, which are soon back
         self._prepared[decision] = parts
         return parts
 
 
-@lru_cache(_SUBJECTS)
+@lru_cache(_CACHED_SUBJECTS)
 def _whose(subject: str) -> bytes:
-    """What follows a serialised answer, to become part of it: that is how protobuf merges (its page "Encoding").
+    """The caller's part of an answer. Appended to a serialised answer it becomes a part of it: protobuf merges
+    concatenated messages (its page "Encoding").
 
-    Without a subject a client's is removed: Envoy has done so already, this is the second lock.
+    Without a subject, a client's own is removed: Envoy has done so already, this is the second lock.
     """
     response = _CheckResponse()
     if subject:
-        _set(response.ok_response.headers, {"x-srp-subject": quote(subject, safe=_VISIBLE)})
+        _set(response.ok_response.headers, {headers.SUBJECT: quote(subject, safe=_VISIBLE)})
     else:
-        response.ok_response.headers_to_remove.append("x-srp-subject")
+        response.ok_response.headers_to_remove.append(headers.SUBJECT)
     return bytes(response.SerializeToString())
 
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
-    """All but what is the caller's own."""
+    """Everything but the caller's own part."""
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
@@ -175,38 +179,39 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     for i in range(len(decision.serve), len(targets)):
         targets[i] += ";s"  # standby
     upstream = {
-        "x-target-cluster": ",".join(targets),
-        "x-srp-tier": decision.caller_tier or "",
-        "x-srp-decision-id": decision_id,
+        headers.TARGET_CLUSTER: ",".join(targets),
+        headers.TIER: decision.caller_tier or "",
+        headers.DECISION_ID: decision_id,
         **_traffic(experts),
     }
+    answer = Answer(decision, decision_id, policy.digest)
     _set(ok.headers, {name: value for name, value in upstream.items() if value})
-    removed = [REQUESTED_CLUSTER, "x-srp-downgrade", *(() if policy.forward_token else TOKEN_HEADERS)]
-    ok.headers_to_remove.extend(removed)
-    _set(ok.response_headers_to_add, _told(policy, decision, decision_id))
+    ok.headers_to_remove.extend(headers.removed(policy.forward_token))
+    _set(ok.response_headers_to_add, headers.client_headers(answer))
     if decision.standby:
         for option in ok.response_headers_to_add:
-            if option.header.key in ("x-srp-decision", "x-srp-reason"):
+            if option.header.key in headers.DEPENDS_ON_WHO_ANSWERS:
                 option.append_action = _IF_ABSENT  # the route script has set them if a standby answered
-    _metadata(response, policy, decision, decision_id)
+    _add_metadata(response, answer)
     return response
 
 
 def _denied(policy: Policy, decision: Decision, decision_id: str) -> Any:
     response = _CheckResponse()
     denied = response.denied_response
+    answer = Answer(decision, decision_id, policy.digest)
     status = decision.status
     response.status.code = {401: _UNAUTHENTICATED, 503: _UNAVAILABLE}.get(status, _PERMISSION_DENIED)
     denied.status.code = status
-    headers = {"content-type": "application/json", "cache-control": "no-store", **_told(policy, decision, decision_id)}
+    own = {"content-type": "application/json", "cache-control": "no-store", **headers.client_headers(answer)}
     if decision.reason is Reason.TOKEN_REQUIRED:
-        headers["www-authenticate"] = "Bearer"
+        own["www-authenticate"] = "Bearer"
     elif status == 401:
         described = decision.detail.translate({ord('"'): "'", ord("\\"): "/"})
-        headers["www-authenticate"] = f'Bearer error="invalid_token", error_description="{described}"'
+        own["www-authenticate"] = f'Bearer error="invalid_token", error_description="{described}"'
     elif status == 503:
-        headers["retry-after"] = "1"
-    _set(denied.headers, headers)
+        own["retry-after"] = "1"
+    _set(denied.headers, own)
     error = {
         "code": decision.reason.value,
         "message": decision.detail,
@@ -216,21 +221,8 @@ def _denied(policy: Policy, decision: Decision, decision_id: str) -> Any:
         "decision_id": decision_id,
     }
     denied.body = json.dumps({"error": error}) + "\n"
-    _metadata(response, policy, decision, decision_id)
+    _add_metadata(response, answer)
     return response
-
-
-def _told(policy: Policy, decision: Decision, decision_id: str) -> dict[str, str]:
-    """What the client is told, allowed or not (empty values are left out)."""
-    told = {
-        "x-srp-decision": decision.verdict.value,
-        "x-srp-reason": decision.reason.value,
-        "x-srp-requested": ",".join(decision.requested),
-        "x-srp-unknown": ",".join(decision.unknown),
-        "x-srp-decision-id": decision_id,
-        "x-srp-policy": policy.digest,
-    }
-    return {name: value for name, value in told.items() if value}
 
 
 def _traffic(experts: list[Expert]) -> dict[str, str]:
@@ -245,34 +237,24 @@ def _traffic(experts: list[Expert]) -> dict[str, str]:
     if retries and len(experts) > 1 and not retry_5xx:
         retries = min(retries + 2 * len(experts), MAX_RETRIES)
     return {
-        "x-envoy-upstream-rq-timeout-ms": str(round(timeout * 1000)),
-        "x-envoy-max-retries": str(retries),
-        "x-envoy-retry-on": f"{_RETRY_SAFE},5xx" if retry_5xx else "",
+        headers.TIMEOUT: str(round(timeout * 1000)),
+        headers.MAX_RETRIES: str(retries),
+        headers.RETRY_ON: f"{_RETRY_SAFE},5xx" if retry_5xx else "",
     }
 
 
-def _metadata(response: Any, policy: Policy, decision: Decision, decision_id: str) -> None:
-    """Dynamic metadata for Envoy's access log: no subject, no claim, no token."""
+def _add_metadata(response: Any, answer: Answer) -> None:
+    """Dynamic metadata for Envoy's access log, and for the route script who is on standby."""
     fields = response.dynamic_metadata.fields
-    texts = {
-        "decision_id": decision_id,
-        "decision": decision.verdict.value,
-        "reason": decision.reason.value,
-        "requested": ",".join(decision.requested),
-        "unknown": ",".join(decision.unknown),
-        "candidates": ",".join(decision.serve),
-        "caller_tier": decision.caller_tier or "",
-        "policy": policy.digest,
-    }
-    for name, text in texts.items():
+    for name, text in headers.metadata(answer).items():
         fields[name].string_value = text
-    if decision.standby:
-        fields["standby"].string_value = ",".join(decision.standby)
+    if answer.decision.standby:
+        fields["standby"].string_value = ",".join(answer.decision.standby)
 
 
-def _set(options: Any, headers: dict[str, str]) -> None:
-    """Each header once, in place of any of its name. Envoy reads `value`, not `raw_value`, and appends by default."""
-    for name, value in headers.items():
+def _set(options: Any, values: dict[str, str]) -> None:
+    """Each header once, overwriting any of its name. Envoy reads `value`, not `raw_value`, and appends by default."""
+    for name, value in values.items():
         option = options.add(append_action=_OVERWRITE)
         option.header.key = name
         option.header.value = _UNPRINTABLE.sub("?", value)

@@ -6,7 +6,7 @@ ladders: aggregate clusters, whose rungs Envoy tries in order and whose dead run
 
     expert-a              expert A alone
     expert-a~expert-b     A, else B, else the spare
-    expert-a~             A, else the spare: in policies of more than PAIRS experts, where pairs would be too many
+    expert-a~             A, else the spare: in policies of more than MAX_PAIRED experts, where pairs would be too many
     ~spare                every endpoint once more, to be reached only by the names in a request's own `fallback_list`
 
 The first two rungs are the idlest and the second idlest. Should both be dead, the spare takes any other expert that
@@ -42,7 +42,7 @@ from ext_authz.wire.twin import twins
 
 TYPE_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 SPARE = "~spare"  # no policy can name a cluster so: `~` is in no cluster name
-PAIRS = 32  # experts; their 992 ladders cost Envoy some 40 MB
+MAX_PAIRED = 32  # experts; their 992 ladders cost Envoy some 40 MB
 SPARE_RUNGS = 4  # a failed attempt ejects one endpoint, and the next attempt starts one rung lower
 
 _TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
@@ -75,7 +75,7 @@ def _expert(expert: Expert) -> Fields:
     return {
         **_served(expert.cluster, [expert], traffic.health),
         "connect_timeout": _seconds(traffic.connect_timeout),
-        "load_balancing_policy": _policy("least_request", LeastRequest, _least_request(traffic.slow_start)),
+        "load_balancing_policy": _lb_policy("least_request", LeastRequest, _least_request(traffic.slow_start)),
         "outlier_detection": _outlier(traffic.outlier) if traffic.outlier else None,
         "circuit_breakers": _breakers(traffic.max_requests, traffic.max_pending),
     }
@@ -83,7 +83,7 @@ def _expert(expert: Expert) -> Fields:
 
 def _ladders(names: Sequence[str]) -> Iterator[Fields]:
     spare = [SPARE] * SPARE_RUNGS if len(names) > 2 else []
-    if len(names) <= PAIRS:
+    if len(names) <= MAX_PAIRED:
         rungs = ((f"{a}~{b}", [a, b]) for a, b in permutations(names, 2))
     else:
         rungs = ((f"{a}~", [a]) for a in names)
@@ -111,12 +111,12 @@ def _spare(experts: Sequence[Expert]) -> Fields:
     subset = {
         "subset_selectors": [{"keys": ["cluster"]}],
         "metadata_fallback_policy": SubsetLbSubsetMetadataFallbackPolicy.FALLBACK_LIST,
-        "subset_lb_policy": _policy("least_request", LeastRequest, _least_request()),
+        "subset_lb_policy": _lb_policy("least_request", LeastRequest, _least_request()),
     }
     return {
         **_served(SPARE, experts, health),
         "connect_timeout": _seconds(min(e.traffic.connect_timeout for e in experts)),
-        "load_balancing_policy": _policy("subset", Subset, subset),
+        "load_balancing_policy": _lb_policy("subset", Subset, subset),
         "outlier_detection": _outlier(Outlier(1, base_ejection=2.0)),
         "circuit_breakers": _breakers(least, least),
     }
@@ -231,7 +231,7 @@ def _least_request(slow_start: float = 0.0) -> Fields:
     return config
 
 
-def _policy(name: str, message: type, config: Fields) -> Fields:
+def _lb_policy(name: str, message: type, config: Fields) -> Fields:
     extension = {"name": f"envoy.load_balancing_policies.{name}", "typed_config": _any(message, config)}
     return {"policies": [{"typed_extension_config": extension}]}
 

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ext_authz.core.cache import Recent, Uses
-from ext_authz.core.check import DOWNGRADE, MAX_PATH, Memory, Snapshot, check, headers_read, identify, recall, remember
+from ext_authz.core.cache import Cache, CacheCounts
+from ext_authz.core.check import MAX_PATH, check, identify, lookup, store
 from ext_authz.core.condition import compile_condition
+from ext_authz.core.headers import DOWNGRADE
 from ext_authz.core.identity import Keys
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.model import Decision, Identity, Outcome, Reason, Refusal, Request, Verdict
-from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Issuer, Policy, Revoked
+from ext_authz.core.policy import Body, ClearanceRule, Expert, GateRule, Header, Issuer, Policy, Revoked
+from ext_authz.core.snapshot import CacheSizes, Snapshot, headers_read
 from tests.harness import tokens
 from tests.harness.strategies import header_texts
 from tests.harness.tokens import AUDIENCE, ISSUER
@@ -37,7 +39,7 @@ POLICY = Policy(
     issuers={ISSUER: Issuer(ISSUER, frozenset({AUDIENCE}), frozenset({"ES256"}))},
     anonymous=0,
     clearance=(ClearanceRule(compile_condition('claims.plan == "premium"', "clearance[0].when", 1), 1),),
-    gate=(GateRule("/", exact=False, header="x-expert-names", default=("A",)),),
+    gate=(GateRule("/", exact=False, source=Header("x-expert-names"), default=("A",)),),
     leeway=30,
 )
 
@@ -275,16 +277,20 @@ def test_names_that_anybody_can_invent_are_not_remembered() -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     """Ever-new tokens, names and headers: each memory keeps its size, the newest stay, what was dropped is counted."""
-    memory = Memory(tokens=4, decisions=2)
-    snapshot = memory.snapshot(POLICY, keys(), 1)
+    sizes = CacheSizes(tokens=4, decisions=2)
+    snapshot = sizes.snapshot(POLICY, keys(), 1)
     for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
         request = asks(names, token(sub=f"caller-{n}"))
         for _ in range(2):
             answered(snapshot, request)
-    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.headings)) == (3, 2, 2)
-    assert memory.uses == {"tokens": Uses(5, 5, 2), "decisions": Uses(5, 5, 3), "headings": Uses(0, 10, 3)}
-    newer = memory.snapshot(POLICY, keys(), 2)
-    assert (len(newer.tokens), newer.tokens.uses.misses) == (0, 5)
+    assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.requests)) == (3, 2, 2)
+    assert sizes.counts == {
+        "tokens": CacheCounts(5, 5, 2),
+        "decisions": CacheCounts(5, 5, 3),
+        "requests": CacheCounts(0, 10, 3),
+    }
+    newer = sizes.snapshot(POLICY, keys(), 2)
+    assert (len(newer.tokens), newer.tokens.counts.misses) == (0, 5)
 
 
 @given(
@@ -293,26 +299,26 @@ def test_what_is_remembered_is_bounded() -> None:
 )
 def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tuple[str, int]]) -> None:
     """Keys are looked up (0) or kept with so many places. What is there is what was kept last under its key."""
-    recent: Recent[str, int] = Recent(size)
+    cache: Cache[str, int] = Cache(size)
     kept: dict[str, tuple[int, int]] = {}
     order: list[str] = []
     gone = 0
     for n, (key, places) in enumerate(used):
-        before = {k for k in kept if k in recent._young or k in recent._old}
+        before = {k for k in kept if k in cache._young or k in cache._old}
         if places:
-            recent.keep(key, n, places)
+            cache.put(key, n, places)
             kept[key] = n, places
-        elif (found := recent.get(key)) is not None:
+        elif (found := cache.get(key)) is not None:
             assert found == kept[key][0]
         else:
             assert key not in before
-        here = {k for k in kept if k in recent._young or k in recent._old}
+        here = {k for k in kept if k in cache._young or k in cache._old}
         gone += len(before - here)
         if key in here:
             order = [*(k for k in order if k != key), key]
-        assert recent.uses.evictions == gone
-        assert len(recent) == len(here)
-        assert len(recent._young) == 1 or sum(kept[k][1] for k in recent._young) <= max(1, size // 2)
+        assert cache.counts.evictions == gone
+        assert len(cache) == len(here)
+        assert len(cache._young) == 1 or sum(kept[k][1] for k in cache._young) <= max(1, size // 2)
         latest, room = set(), max(1, size // 2)
         for k in reversed(order):
             if k not in here or (room := room - kept[k][1]) < 0:
@@ -323,17 +329,17 @@ def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tup
 
 def test_tokens_that_come_once_push_out_nobody() -> None:
     """A token's first request is not remembered by its headers, its second is: the regular callers' stay."""
-    snapshot = Memory(tokens=100, decisions=4).snapshot(POLICY, keys(), 1)
+    snapshot = CacheSizes(tokens=100, decisions=4).snapshot(POLICY, keys(), 1)
     for regular in (asks("A"), asks("A", token(sub="regular"))):
         for _ in range(2):
             answered(snapshot, regular)
-    assert len(snapshot.headings) == 2
+    assert len(snapshot.requests) == 2
     once = [asks("A", token(sub=f"once-{n}")) for n in range(20)]
     for request in once:
         answered(snapshot, request)
-    assert (len(snapshot.headings), snapshot.headings.uses.evictions) == (2, 0)
+    assert (len(snapshot.requests), snapshot.requests.counts.evictions) == (2, 0)
     answered(snapshot, once[0])
-    assert len(snapshot.headings) == 3
+    assert len(snapshot.requests) == 3
 
 
 def test_a_long_path_is_not_remembered() -> None:
@@ -342,7 +348,7 @@ def test_a_long_path_is_not_remembered() -> None:
     for n in (MAX_PATH, MAX_PATH + 1):
         request = asks("A")._replace(path="/".ljust(n, "x"))
         assert answered(snapshot, request).decision.serve == ("A",)
-    assert len(snapshot.headings) == 1
+    assert len(snapshot.requests) == 1
 
 
 def test_a_repeated_header_is_not_remembered() -> None:
@@ -351,13 +357,13 @@ def test_a_repeated_header_is_not_remembered() -> None:
     for header in ("x-expert-names", "x-requested-cluster"):
         asked = asks("A", x_requested_cluster="A")._replace(repeated=frozenset({header}))
         answered(snapshot, asked)
-    assert len(snapshot.headings) == 0
+    assert len(snapshot.requests) == 0
 
 
 GATES = (
-    GateRule("/body", exact=True, pointer=("names",), default=("A",)),
-    GateRule("/other/", exact=False, header="x-other"),
-    GateRule("/", exact=False, header="x-expert-names", default=("A", "C")),
+    GateRule("/body", exact=True, source=Body(("names",)), default=("A",)),
+    GateRule("/other/", exact=False, source=Header("x-other")),
+    GateRule("/", exact=False, source=Header("x-expert-names"), default=("A", "C")),
 )
 CALLERS = (None, token(sub="ann"), token(sub="bob", plan="premium"), token(sub="cy", exp=NOW + 10), "no token")
 sent_headers = st.fixed_dictionaries(
@@ -425,8 +431,8 @@ def told(of: Outcome) -> list[Any]:
 
 def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
     """As the server does it: recalled, or decided by the headers that are read, and remembered."""
-    heading = request.path, repr((request.headers, request.repeated)).encode()
-    known = recall(snapshot, SimpleNamespace(heading=heading, body=request.body), now)
+    fingerprint = request.path, repr((request.headers, request.repeated)).encode()
+    known = lookup(snapshot, SimpleNamespace(fingerprint=fingerprint, body=request.body), now)
     if known is None:
         reads = headers_read(snapshot.policy)
         request = request._replace(
@@ -434,7 +440,7 @@ def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
             repeated=frozenset(n for n in request.repeated if reads is None or n in reads),
         )
         known = outcome(snapshot, request, now)
-        remember(snapshot, heading, request, known)
+        store(snapshot, fingerprint, request, known)
     return known
 
 

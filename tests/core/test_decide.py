@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ext_authz.core.clearance import clearance
 from ext_authz.core.condition import Condition, compile_condition
+from ext_authz.core.decide import decide
 from ext_authz.core.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
-from ext_authz.core.policy import ClearanceRule, Expert, Policy, clearance, decide
+from ext_authz.core.policy import ClearanceRule, Expert, Policy
 from tests.harness.strategies import HOLDS, callers, named, policies, requests
 
 LOW, MID, HIGH = 0, 1, 2

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ext_authz.core import gate
 from ext_authz.core.gate import MAX_NAME_LENGTH, MAX_NAMES
+from ext_authz.core.headers import REQUESTED_CLUSTER
 from ext_authz.core.model import Reason, Refusal, Request
-from ext_authz.core.policy import Expert, GateRule, Policy
+from ext_authz.core.policy import Body, DefaultOnly, Expert, GateRule, Header, Policy
 from tests.harness.strategies import header_texts, json_values
 
 EXPERTS = {n: Expert(n, 0, f"expert-{n.lower()}") for n in ("A", "B", "C")}
@@ -34,9 +35,9 @@ def outcome(rules: Policy, request: Request) -> Outcome:
 # ---- which rule ------------------------------------------------------------------------------------------------------
 
 ROUTES = policy(
-    GateRule("/route", exact=True, default=("A",)),
-    GateRule("/v1/", exact=False, default=("B",)),
-    GateRule("/v1/chat", exact=True, default=("C",)),
+    GateRule("/route", exact=True, source=DefaultOnly(), default=("A",)),
+    GateRule("/v1/", exact=False, source=DefaultOnly(), default=("B",)),
+    GateRule("/v1/chat", exact=True, source=DefaultOnly(), default=("C",)),
 )
 PATHS: list[tuple[str, Outcome]] = [
     ("/route", ("A",)),
@@ -66,8 +67,8 @@ def test_no_rules_name_nobody() -> None:
 
 # ---- a header --------------------------------------------------------------------------------------------------------
 
-HEADER = policy(GateRule("/", exact=False, header="x-expert-names", default=("A", "B")))
-HEADER_ONLY = policy(GateRule("/", exact=False, header="x-expert-names"))
+HEADER = policy(GateRule("/", exact=False, source=Header("x-expert-names"), default=("A", "B")))
+HEADER_ONLY = policy(GateRule("/", exact=False, source=Header("x-expert-names")))
 
 NAMES_64 = [f"e{i}" for i in range(MAX_NAMES)]
 LONGEST = "x" * MAX_NAME_LENGTH
@@ -136,7 +137,7 @@ def test_a_header_rule_does_not_read_the_body() -> None:
 
 # ---- the client's own x-target-cluster -------------------------------------------------------------------------------
 
-TARGET = policy(GateRule("/", exact=False, header=gate.REQUESTED_CLUSTER, default=("A",)))
+TARGET = policy(GateRule("/", exact=False, source=Header(REQUESTED_CLUSTER), default=("A",)))
 TARGETS: list[tuple[str | None, Outcome]] = [
     (None, ("A",)),
     ("expert-c", ("C",)),
@@ -152,16 +153,16 @@ TARGETS: list[tuple[str | None, Outcome]] = [
 @pytest.mark.parametrize(("value", "expected"), TARGETS)
 def test_a_client_may_ask_by_cluster(value: str | None, expected: Outcome) -> None:
     """The rule on `x-target-cluster` takes clusters or experts; the header comes as `x-requested-cluster`."""
-    headers = {} if value is None else {gate.REQUESTED_CLUSTER: value}
+    headers = {} if value is None else {REQUESTED_CLUSTER: value}
     assert outcome(TARGET, Request("GET", "/", headers)) == expected
 
 
 def test_errors_name_the_header_that_the_client_sent() -> None:
     """The client knows nothing of `x-requested-cluster`."""
-    found = gate.read(TARGET, Request("GET", "/", {gate.REQUESTED_CLUSTER: "a b"}))
+    found = gate.read(TARGET, Request("GET", "/", {REQUESTED_CLUSTER: "a b"}))
     assert isinstance(found, Refusal)
     assert "x-target-cluster" in found.detail
-    assert gate.REQUESTED_CLUSTER not in found.detail
+    assert REQUESTED_CLUSTER not in found.detail
 
 
 def test_only_that_rule_reads_clusters() -> None:
@@ -171,7 +172,7 @@ def test_only_that_rule_reads_clusters() -> None:
 
 # ---- the body --------------------------------------------------------------------------------------------------------
 
-BODY = policy(GateRule("/", exact=False, pointer=("expert_names",), default=("A", "B")))
+BODY = policy(GateRule("/", exact=False, source=Body(("expert_names",)), default=("A", "B")))
 DEFAULT = ("A", "B")
 
 
@@ -296,7 +297,7 @@ POINTERS: list[tuple[str, tuple[str, ...], bytes, Outcome]] = [
 @pytest.mark.parametrize(("pointer", "body", "expected"), [p[1:] for p in POINTERS], ids=[p[0] for p in POINTERS])
 def test_pointers(pointer: tuple[str, ...], body: bytes, expected: Outcome) -> None:
     """RFC 6901 on decoded tokens; a way through a value of the wrong type is 400, an absent member the default."""
-    rules = policy(GateRule("/", exact=False, pointer=pointer, default=DEFAULT))
+    rules = policy(GateRule("/", exact=False, source=Body(pointer), default=DEFAULT))
     assert outcome(rules, Request("POST", "/", {}, body)) == expected
 
 
@@ -305,7 +306,7 @@ def test_pointers(pointer: tuple[str, ...], body: bytes, expected: Outcome) -> N
 
 def test_a_rule_may_hold_the_default_only() -> None:
     """Such a rule reads nothing of the request."""
-    rules = policy(GateRule("/", exact=False, default=("B",)))
+    rules = policy(GateRule("/", exact=False, source=DefaultOnly(), default=("B",)))
     assert outcome(rules, Request("POST", "/", {"x-expert-names": "C"}, b"\xff")) == ("B",)
 
 
@@ -343,7 +344,7 @@ def test_any_bytes_give_clean_names_or_a_refusal(body: bytes, header: str, encod
     """Whatever comes, the gate does not raise, and names that come out are few, short, unique and visible ASCII."""
     requests = (
         (HEADER, Request("GET", "/", {"x-expert-names": header})),
-        (TARGET, Request("GET", "/", {gate.REQUESTED_CLUSTER: header})),
+        (TARGET, Request("GET", "/", {REQUESTED_CLUSTER: header})),
         (BODY, Request("POST", "/", {}, body)),
         (BODY, Request("POST", "/", {"content-encoding": encoding}, body)),
     )

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from jwt.algorithms import get_default_algorithms
 
 from ext_authz.core import identity
-from ext_authz.core.check import Snapshot, identify
+from ext_authz.core.check import identify
 from ext_authz.core.condition import compile_condition
 from ext_authz.core.identity import MAX_TOKEN, anonymous, token_of, verify
 from ext_authz.core.jwk import parse_jwks, secret_key
 from ext_authz.core.model import Identity, Reason, Refusal, Request
 from ext_authz.core.policy import ClearanceRule, Issuer, Policy, Revoked
+from ext_authz.core.snapshot import Snapshot
 from tests.harness import tokens
 from tests.harness.strategies import json_values
 from tests.harness.tokens import AUDIENCE, ISSUER, b64, raw_parts, raw_token, sign, with_unused_bit

@@ -15,12 +15,13 @@ from envoy_data_plane.envoy.service.auth.v3 import (
     CheckResponse,
 )
 
-from ext_authz.core.check import Snapshot
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.policy import Policy
+from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.metrics import Tally
-from ext_authz.policyfile import compile as policy_file
-from ext_authz.serve.server import Authorization, Epoch
+from ext_authz.policyfile import parse
+from ext_authz.serve.authorization import Authorization
+from ext_authz.serve.epoch import Epoch
 from ext_authz.sources.keys import KeyStore
 from ext_authz.wire.twin import twins
 from tests.harness import tokens
@@ -65,7 +66,7 @@ def load_policy(directory: Path, *edits: tuple[str, str], text: str = POLICY) ->
     for old, new in edits:
         assert old in text
         text = text.replace(old, new)
-    return policy_file.load(write_policy(directory, text))
+    return parse.load_policy(write_policy(directory, text))
 
 
 def snapshot(policy: Policy) -> Snapshot:

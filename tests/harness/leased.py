@@ -19,8 +19,9 @@ import grpc.aio
 import yaml
 
 from ext_authz.observe.metrics import Tally
+from ext_authz.serve.authorization import Authorization
 from ext_authz.serve.control import Control, Leasing
-from ext_authz.serve.server import NOBODY, Authorization, Epoch
+from ext_authz.serve.epoch import NO_POLICY, Epoch
 from ext_authz.sources.keys import KeyStore, Pace
 from ext_authz.wire.ads import Ads
 from ext_authz.wire.bootstrap import bootstrap, envoy_file
@@ -171,7 +172,7 @@ class Leased:
         self.policy.write_text(self.text)
         self.keys = KeyStore(pace=Pace(refresh_apart=0.0, file_interval=3600.0))
         self.ads = Ads(settle)
-        self.authorization = Authorization(NOBODY, self.keys, self.tally)
+        self.authorization = Authorization(NO_POLICY, self.keys, self.tally)
         self.control = Control(
             self.policy, self.keys, self.ads, self._install, Leasing(envoy_file("lease.lua").read_text(), entries)
         )
@@ -228,7 +229,7 @@ class Leased:
 
     def granting(self) -> None:
         """Until leases are granted."""
-        wait_for(lambda: self.control.lease is not None, "leases")
+        wait_for(lambda: self.control.lease_epoch is not None, "leases")
 
     def swap(self, text: str) -> None:
         """Put a policy in force."""

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
 from ext_authz.core.policy import Policy
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 
 # Fields: issuer, audience, jwks (a path), and the endpoints a, b and c (each `host:port`, or several with commas).
 DEMO = """\
@@ -55,7 +55,7 @@ def text(**overrides: Any) -> str:
 
 def policy(base: Path = Path(), **overrides: Any) -> Policy:
     """The small policy, compiled, with top-level keys replaced: `policy(anonymous="deny")`."""
-    return policy_file.parse(text(**overrides), base=base)
+    return parse_policy(text(**overrides), base=base)
 
 
 def write_keys(directory: Path) -> None:

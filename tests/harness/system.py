@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ext_authz.demo.ports import HOST, free_ports
 from ext_authz.wire.bootstrap import bootstrap, envoy_file
 from tests.harness import ROOT
 
-HOST = "127.0.0.1"
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy") or "envoy"
 
 
@@ -237,14 +236,6 @@ def wait_for(ready: Callable[[], bool], what: str, it: System | None = None, sec
         time.sleep(0.05)
     logs = "\n".join(f"{f.name}: {f.read_text()[-2000:]}" for f in it.directory.glob("*.log")) if it else ""
     raise TimeoutError(f"waited {seconds} s for {what}\n{logs}")
-
-
-def free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def pause(proc: Proc) -> None:

@@ -17,14 +17,14 @@ from kubernetes_validate import utils as kubernetes_schemas
 from experts.__main__ import DRAIN_SECONDS
 from ext_authz import settings
 from ext_authz.core.policy import Policy
-from ext_authz.demo.demo import POLICY
-from ext_authz.demo.keys import AUDIENCE, ISSUER, DemoKeys
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.demo.files import policy_text
+from ext_authz.demo.keys import DemoKeys
 from ext_authz.policyfile import warnings as policy_warnings
+from ext_authz.policyfile.parse import parse_policy
+from tests.harness import ROOT
 from tests.harness.kubernetes import (
     COMPONENTS,
     OVERLAYS,
-    ROOT,
     Manifest,
     Pods,
     flag,
@@ -302,7 +302,7 @@ def loaded(name: str, tmp_path: Path) -> Policy:
     """The policy of a rendering, with the demo's keys where they are on this machine."""
     text = named(rendered(name), "ConfigMap", "policy")["data"]["policy.yaml"]
     DemoKeys.create(tmp_path)
-    return policy_file.parse(text.replace("/var/lib/srp-demo/", f"{tmp_path}/"), "policy.yaml", tmp_path)
+    return parse_policy(text.replace("/var/lib/srp-demo/", f"{tmp_path}/"), "policy.yaml", tmp_path)
 
 
 @every_rendering
@@ -319,8 +319,8 @@ def test_the_demo_policy_plays_the_decision_table(name: str, tmp_path: Path) -> 
     """The clusters to play with decide as `srp demo` does, so that scripts/smoke holds for both."""
     here = loaded(name, tmp_path)
     ports = dict(zip(("a1", "a2", "b1", "b2", "c1"), range(9001, 9006), strict=True))
-    text = POLICY.format(issuer=ISSUER, audience=AUDIENCE, host="127.0.0.1", **ports)
-    demo = policy_file.parse(text, "policy.yaml", tmp_path)
+    text = policy_text(ports)
+    demo = parse_policy(text, "policy.yaml", tmp_path)
 
     def meaning(policy: Policy) -> list[Any]:
         return [
@@ -328,7 +328,7 @@ def test_the_demo_policy_plays_the_decision_table(name: str, tmp_path: Path) -> 
             policy.anonymous,
             [(r.when.source, r.tier) for r in policy.clearance],
             [(e.name, e.tier, e.cluster, e.downgrade_to) for e in policy.experts.values()],
-            [(g.match, g.exact, g.pointer, g.header, g.default) for g in policy.gate],
+            [(g.match, g.exact, g.source, g.default) for g in policy.gate],
             [(i.issuer, i.audiences, i.algorithms) for i in policy.issuers.values()],
         ]
 

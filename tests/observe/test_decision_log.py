@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from ext_authz.core.check import Snapshot
 from ext_authz.core.difference import Difference
 from ext_authz.core.model import Decision, Reason, Request, Verdict
 from ext_authz.core.policy import Policy
+from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe import decision_log as module
 from ext_authz.observe.decision_log import DecisionLog
 from ext_authz.observe.decision_record import MAX_PATH, Record, Scribe

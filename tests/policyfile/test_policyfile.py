@@ -12,11 +12,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ext_authz.core.policy import Endpoint, GateRule, Health, JwksSource, Outlier, Policy, Traffic
+from ext_authz.core.policy import Body, Endpoint, GateRule, Header, Health, JwksSource, Outlier, Policy, Traffic
 from ext_authz.policyfile import schema as policy_schema
 from ext_authz.policyfile import source as policy_source
 from ext_authz.policyfile import values as policy_values
-from ext_authz.policyfile.compile import PolicyError, json_schema, load, parse
+from ext_authz.policyfile.parse import load_policy, parse_policy
+from ext_authz.policyfile.schema import json_schema
+from ext_authz.policyfile.source import PolicyError
 from ext_authz.policyfile.warnings import dropped, warnings
 from tests.harness import ROOT
 from tests.harness.policies import DEMO, SMALL, policy, text, write_keys
@@ -40,7 +42,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mistakes(source: str | bytes, base: Path = Path()) -> list[str]:
     """The lines of the error that `source` gives, less the name of the file; no line if it is good."""
     try:
-        parse(source, base=base)
+        parse_policy(source, base=base)
     except PolicyError as e:
         return [line.removeprefix("policy.yaml:") for line in str(e).splitlines()]
     return []
@@ -324,9 +326,9 @@ def test_a_file_that_cannot_be_read_is_a_policy_error(tmp_path: Path) -> None:
     """`load` raises nothing else."""
     missing = tmp_path / "policy.yaml"
     with pytest.raises(PolicyError, match=re.escape(f"{missing}:1:1: cannot be read: No such file or directory")):
-        load(missing)
+        load_policy(missing)
     with pytest.raises(PolicyError, match="cannot be read: Is a directory"):
-        load(tmp_path)
+        load_policy(tmp_path)
 
 
 def test_input_in_a_message_cannot_break_its_line() -> None:
@@ -348,7 +350,7 @@ def test_the_demo_policy(keys: Path) -> None:
         b="b:2, '[::1]:3'",
         c="c:4",
     )
-    found = parse(source, base=keys)
+    found = parse_policy(source, base=keys)
     assert found.tiers == ("low", "high")
     assert found.anonymous == 0
     [issuer] = found.issuers.values()
@@ -364,9 +366,9 @@ def test_the_demo_policy(keys: Path) -> None:
     assert found.experts["A"].traffic == Traffic()
     assert found.clusters == {"expert-a": "A", "expert-b": "B", "expert-c": "C"}
     assert found.gate == (
-        GateRule("/route", exact=True, pointer=("expert_names",), default=("A", "B"), line=16),
-        GateRule("/v1/", exact=False, pointer=("model",), line=17),
-        GateRule("/", exact=False, header="x-expert-names", line=18),
+        GateRule("/route", exact=True, source=Body(("expert_names",)), default=("A", "B"), line=16),
+        GateRule("/v1/", exact=False, source=Body(("model",)), line=17),
+        GateRule("/", exact=False, source=Header("x-expert-names"), line=18),
     )
     assert not found.reads_request
     assert warnings(found) == []
@@ -374,9 +376,9 @@ def test_the_demo_policy(keys: Path) -> None:
 
 def test_the_smallest_policy() -> None:
     """What is left out is closed, or its default."""
-    found = parse("version: 1\ntiers: [only]\nexperts:\n  My_Expert: {tier: only, endpoints: [e:1]}\n")
+    found = parse_policy("version: 1\ntiers: [only]\nexperts:\n  My_Expert: {tier: only, endpoints: [e:1]}\n")
     assert found.anonymous is None
-    assert found.gate == (GateRule("/", exact=False, header="x-expert-names"),)
+    assert found.gate == (GateRule("/", exact=False, source=Header("x-expert-names")),)
     assert found.experts["My_Expert"].cluster == "my-expert"
     assert (found.leeway, found.forward_token, found.log_claims) == (30.0, False, ())
     assert (found.lease, found.experts["My_Expert"].lease) == (30.0, None)
@@ -465,7 +467,7 @@ def test_every_key_of_an_issuer(keys: Path) -> None:
 
 def test_revoked_and_log_claims() -> None:
     """A time may be unquoted: YAML would make it a date of its own."""
-    found = parse(
+    found = parse_policy(
         text(log_claims=["org"])[:-2] + ',\n "revoked": {jti: [j1], sub: [s1], issued_before: 2030-01-31T12:00:00Z}}'
     )
     assert found.revoked.jti == {"j1"}
@@ -478,7 +480,7 @@ def test_revoked_and_log_claims() -> None:
 def test_a_target_cluster_is_asked_for_where_envoy_keeps_it() -> None:
     """The client's own `x-target-cluster` is what Envoy has moved to `x-requested-cluster`."""
     [rule] = policy(gate=[{"prefix": "/", "header": "x-target-cluster"}]).gate
-    assert rule.header == "x-requested-cluster"
+    assert rule.source == Header("x-requested-cluster")
 
 
 def test_more_special_gate_rules_come_first() -> None:
@@ -498,13 +500,13 @@ def test_a_policy_cannot_be_changed() -> None:
 def test_the_digest_is_that_of_sha256sum() -> None:
     """Operators can compare a running policy with a file."""
     source = b"version: 1\ntiers: [low]\nexperts: {A: {tier: low, endpoints: [a:1]}}\n"
-    assert parse(source).digest == parse(source.decode()).digest == "9e33020516ef"
+    assert parse_policy(source).digest == parse_policy(source.decode()).digest == "9e33020516ef"
 
 
 def test_windows_line_ends_and_comments() -> None:
     """Line breaks do not change what is said, nor where."""
     source = "# policy\nversion: 1\ntiers: [low]\n\nexperts:\n  A: {tier: low, endpoints: [a:1]}  # the one\n"
-    assert parse(source.replace("\n", "\r\n")).experts["A"].line == parse(source).experts["A"].line == 6
+    assert parse_policy(source.replace("\n", "\r\n")).experts["A"].line == parse_policy(source).experts["A"].line == 6
 
 
 def test_ten_thousand_experts() -> None:
@@ -513,7 +515,7 @@ def test_ten_thousand_experts() -> None:
     lines += [f"  - {{when: 'claims.plan == \"p{i}\"', tier: high}}" for i in range(1000)]
     lines += ["experts:"]
     lines += [f"  E{i}: {{tier: high, endpoints: ['e{i}:8001'], allow: 'claims.n == {i}'}}" for i in range(10_000)]
-    found = parse("\n".join(lines))
+    found = parse_policy("\n".join(lines))
     assert len(found.experts) == policy_schema.MAX_EXPERTS
     assert len(found.clearance) == policy_schema.MAX_CLEARANCE
     assert found.experts["E9999"].line == len(lines)
@@ -628,7 +630,7 @@ def test_other_times(written: object) -> None:
 def test_json_pointers(pointer: str, tokens: tuple[str, ...]) -> None:
     """RFC 6901 §3 and §4."""
     [rule] = policy(gate=[{"prefix": "/", "json": pointer}]).gate
-    assert rule.pointer == tokens
+    assert rule.source == Body(tokens)
 
 
 @pytest.mark.parametrize(
@@ -655,6 +657,12 @@ def test_a_password_in_a_url_is_not_repeated() -> None:
     for url in ("https://me:hunter2@h/j", "http://hunter2@h/j", "https://me:hunter2@h:x/j"):
         [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": url}}]))
         assert "hunter2" not in line
+
+
+def test_a_url_that_could_not_be_fetched_is_refused() -> None:
+    """Python's two URL parsers read another host in it, and the key store's would never load it."""
+    [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": "https://a\\b/j"}}]))
+    assert "expected a URL of the characters of RFC 3986" in line
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "llama3:8b", "meta-llama/Llama-3.1-8B", "A_1", "0", "x" * 64])
@@ -836,7 +844,7 @@ _LINE = re.compile(r"policy\.yaml:(\d+):(\d+): (.+)")
 def refused_or_loaded(source: str | bytes) -> Policy | None:
     """The policy, or None after the error has been found to point into the text, line by line."""
     try:
-        return parse(source)
+        return parse_policy(source)
     except PolicyError as e:
         data = source if isinstance(source, bytes) else source.encode("utf-8", "surrogatepass")
         lines = data.decode("utf-8", "replace").split("\n")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ext_authz.core.clearance import clearance
+from ext_authz.core.decide import decide
 from ext_authz.core.model import Identity, Reason, Request, Verdict
-from ext_authz.core.policy import Policy, clearance, decide
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.core.policy import Policy
+from ext_authz.policyfile.parse import parse_policy
 from ext_authz.policyfile.schema import MAX_CLEARANCE, MAX_EXPERTS
 
 GET = Request("GET", "/", {})
@@ -21,7 +23,7 @@ def policy() -> Policy:
     for n in range(MAX_EXPERTS):
         tier = f"high, downgrade_to: [E{n - 1}]" if n % 2 else "low"
         lines += [f"  E{n}: {{tier: {tier}, cluster: e{n}, endpoints: ['e{n}:8001']}}"]
-    return policy_file.parse("\n".join(lines).encode())
+    return parse_policy("\n".join(lines).encode())
 
 
 @pytest.mark.parametrize("plan", [0, 1, MAX_CLEARANCE - 2, MAX_CLEARANCE - 1, MAX_CLEARANCE])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ext_authz.cli import main
+from ext_authz.cli.main import main
 from ext_authz.core.check import check
 from ext_authz.core.difference import Difference
 from ext_authz.core.model import Reason, Verdict
@@ -22,7 +22,7 @@ from ext_authz.progress import Progress
 from ext_authz.review.changes import Effect, changes
 from ext_authz.review.diff import MAX_LINE, compare
 from ext_authz.review.reads import Cause, Unknown
-from ext_authz.review.replay import Outcome, Replay
+from ext_authz.review.replay import Replay, Replayed
 from ext_authz.wire import check as wire
 from tests.harness import tokens
 from tests.harness.asks import POLICY, asks, authorization, load_policy, snapshot, token, write_policy
@@ -186,7 +186,7 @@ REPLAYS: list[tuple[str, list[Edit], list[str], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def outcome(found: Outcome | Unknown) -> str:
+def outcome(found: Replayed | Unknown) -> str:
     if isinstance(found, Unknown):
         return f"{found.cause.value}: {found.detail}".removesuffix(": ")
     return found.difference.value + (" +" if found.widening else "")
@@ -279,7 +279,7 @@ def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: 
     replay, epoch = Replay(old, new), snapshot(new)
     for call, record in zip(calls, logged(old, calls), strict=True):
         found = replay(record)
-        if isinstance(found, Outcome):
+        if isinstance(found, Replayed):
             actual = check(epoch, wire.read(call), time.time())
             assert isinstance(actual, tuple)
             made = actual.decision

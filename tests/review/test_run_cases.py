@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ext_authz.cli import main
-from ext_authz.demo.demo import _prepare
+from ext_authz.cli.main import main
+from ext_authz.demo.files import prepare
 from ext_authz.review import cases as policy_cases
 from ext_authz.review import run_cases as policy_test
 from tests.harness import tokens
@@ -294,7 +294,7 @@ def test_a_policy_without_a_gate_has_no_gate_to_cover(tmp_path: Path) -> None:
 
 def test_the_demo_s_cases_pass_and_cover_its_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`srp demo` writes them beside its policy."""
-    _prepare(tmp_path)
+    prepare(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["test", str(tmp_path), "--coverage", "--fail-under", "100"])
     assert ended.value.code == 0
@@ -303,7 +303,7 @@ def test_the_demo_s_cases_pass_and_cover_its_policy(tmp_path: Path, capsys: pyte
 
 def test_the_demo_leaves_edited_cases_alone(tmp_path: Path) -> None:
     """They are the user's from then on."""
-    _prepare(tmp_path)
+    prepare(tmp_path)
     (tmp_path / "policy_test.yaml").write_text("mine")
-    _prepare(tmp_path)
+    prepare(tmp_path)
     assert (tmp_path / "policy_test.yaml").read_text() == "mine"

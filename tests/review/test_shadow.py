@@ -16,14 +16,16 @@ import grpc
 import pytest
 from prometheus_client import generate_latest
 
-from ext_authz.core.check import Snapshot
 from ext_authz.core.difference import Difference
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.model import Request
+from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.decision_log import DecisionLog
 from ext_authz.observe.metrics import registry
 from ext_authz.review.shadow import Shadow, Undecided
-from ext_authz.serve.server import SERVICE, Authorization, Epoch, Server
+from ext_authz.serve.authorization import SERVICE, Authorization
+from ext_authz.serve.epoch import Epoch
+from ext_authz.serve.server import Server
 from ext_authz.serve.witness import Witness
 from tests.harness import tokens
 from tests.harness.asks import POLICY, asks, authorization, load_policy, snapshot, token, told, write_policy

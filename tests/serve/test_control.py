@@ -9,7 +9,7 @@ import pytest
 import ext_authz.serve.control
 from ext_authz.core.policy import Policy
 from ext_authz.serve.control import Control
-from ext_authz.serve.server import Epoch
+from ext_authz.serve.epoch import Epoch
 from ext_authz.sources.keys import KeyStore
 from ext_authz.wire.ads import Resources
 from tests.harness import tokens

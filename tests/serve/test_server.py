@@ -29,14 +29,16 @@ from envoy_data_plane.envoy.service.auth.v3 import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 
-from ext_authz.core.check import Snapshot
 from ext_authz.core.condition import compile_condition
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.model import Decision, Reason, Request, Verdict
-from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Issuer, Policy
+from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Header, Issuer, Policy
+from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.metrics import BUCKETS, Tally, gauge, registry
-from ext_authz.serve import server as server_module
-from ext_authz.serve.server import SERVICE, Authorization, Epoch, Server, unix_path
+from ext_authz.serve import authorization as authorization_module
+from ext_authz.serve.authorization import SERVICE, Authorization
+from ext_authz.serve.epoch import Epoch
+from ext_authz.serve.server import MAX_MESSAGE, Server, unix_path
 from tests.harness import tokens
 from tests.harness.asks import response_of
 from tests.harness.tokens import AUDIENCE, ISSUER
@@ -50,7 +52,7 @@ POLICY = Policy(
     issuers={ISSUER: Issuer(ISSUER, frozenset({AUDIENCE}), frozenset({"ES256"}))},
     anonymous=0,
     clearance=(ClearanceRule(compile_condition('claims.plan == "premium"', "clearance[0].when", 1), 1),),
-    gate=(GateRule("/", exact=False, header="x-expert-names", default=("A",)),),
+    gate=(GateRule("/", exact=False, source=Header("x-expert-names"), default=("A",)),),
     leeway=30,
     digest="d1",
 )
@@ -258,8 +260,8 @@ def test_tokens_that_no_key_could_save_ask_for_none() -> None:
 
 def test_a_refresh_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check waits KEY_WAIT seconds at most, and the wait is within Envoy's 0.5 s."""
-    assert server_module.KEY_WAIT < 0.5
-    monkeypatch.setattr(server_module, "KEY_WAIT", 0.05)
+    assert authorization_module.KEY_WAIT < 0.5
+    monkeypatch.setattr(authorization_module, "KEY_WAIT", 0.05)
     keys = Keys(lambda: asyncio.sleep(60))
     service, _ = authorization(epoch(POLICY, ""), keys)
     began = time.monotonic()
@@ -286,7 +288,7 @@ def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
         gate = asyncio.Event()
         service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
         unknown = asks(authorization=bearer("new"))
-        slow = [asyncio.create_task(service.check(unknown)) for _ in range(server_module.MAX_WAITING)]
+        slow = [asyncio.create_task(service.check(unknown)) for _ in range(authorization_module.MAX_WAITING)]
         await asyncio.sleep(0)
         assert answer(await service.check(unknown)) == (401, "invalid_token")
         assert not any(s.done() for s in slow)
@@ -304,7 +306,7 @@ def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
 
 def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one check waits for keys, another is answered."""
-    monkeypatch.setattr(server_module, "KEY_WAIT", 5)
+    monkeypatch.setattr(authorization_module, "KEY_WAIT", 5)
 
     async def run() -> None:
         gate = asyncio.Event()
@@ -393,7 +395,7 @@ def test_a_message_that_is_too_large_is_refused(path: Path) -> None:
     async def run() -> None:
         async with serving(path) as (_, channel):
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await channel.unary_unary(CHECK)(b"\x00" * (server_module.MAX_MESSAGE + 1))
+                await channel.unary_unary(CHECK)(b"\x00" * (MAX_MESSAGE + 1))
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     asyncio.run(run())
@@ -553,7 +555,7 @@ def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
 
 def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that does not end is cut off."""
-    monkeypatch.setattr(server_module, "KEY_WAIT", 60)
+    monkeypatch.setattr(authorization_module, "KEY_WAIT", 60)
 
     async def run() -> None:
         started = asyncio.Event()

@@ -17,23 +17,26 @@ from typing import Any, TypeVar
 import grpc.aio
 import pytest
 
-from ext_authz.core.check import MEMORIES, Memory, Snapshot
 from ext_authz.core.jwk import key_text, parse_jwks
 from ext_authz.core.model import Decision, Reason, Verdict
-from ext_authz.observe.counts import CacheUse, Counts, add_up, counted, ended
+from ext_authz.core.snapshot import CACHES, CacheSizes, Snapshot
+from ext_authz.observe.counts import CacheUsage, Counts, add_up, counted, ended
 from ext_authz.observe.metrics import Tally
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 from ext_authz.serve import frames, worker_process, workers
+from ext_authz.serve.authorization import SERVICE
+from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.frames import BadFrame, frame, read_to_owner, read_to_worker
-from ext_authz.serve.server import SERVICE, Epoch
 from ext_authz.serve.worker_process import Place, WorkerProcess
 from ext_authz.serve.workers import Workers
 from ext_authz.settings import Settings
 from tests.harness import tokens
 from tests.harness.asks import POLICY, asks, told
 
-DIGEST = policy_file.parse(POLICY, key_files=False).digest
-COUNTS = Counts((("allow", "permitted", 2),), {"A": 2}, {}, 0, 1, (2, *[0] * 10), 0.5, {"tokens": CacheUse(1, 2, 3, 4)})
+DIGEST = parse_policy(POLICY, key_files=False).digest
+COUNTS = Counts(
+    (("allow", "permitted", 2),), {"A": 2}, {}, 0, 1, (2, *[0] * 10), 0.5, {"tokens": CacheUsage(1, 2, 3, 4)}
+)
 
 T = TypeVar("T")
 
@@ -126,11 +129,11 @@ def test_counts_with_other_buckets_are_refused() -> None:
 
 
 def test_counts_add_up() -> None:
-    tally, memory = Tally(), Memory()
-    policy = policy_file.parse(POLICY, key_files=False)
+    tally, sizes = Tally(), CacheSizes()
+    policy = parse_policy(POLICY, key_files=False)
     tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), 0.0)
     tally.condition_errors["clearance[0]"] += 1
-    one = counted(tally, memory, memory.snapshot(policy, {}, 1))
+    one = counted(tally, sizes, sizes.snapshot(policy, {}, 1))
     assert (one.checks, dict(one.experts)) == (1, {"A": 1, "B": 1})
     total = add_up([one, COUNTS, ended(COUNTS)])
     assert total.decisions == (("allow", "permitted", 5),)
@@ -138,8 +141,8 @@ def test_counts_add_up() -> None:
     assert (total.checks, total.leases, total.latency_sum) == (5, 2, one.latency_sum + 1.0)
     assert total.experts == {"A": 5, "B": 1}
     assert total.condition_errors == {"clearance[0]": 1}
-    assert total.caches["tokens"] == CacheUse(1, 4, 6, 8)  # what was in the memory of the one that ended is gone
-    assert total.caches.keys() == set(MEMORIES)
+    assert total.caches["tokens"] == CacheUsage(1, 4, 6, 8)  # what was in the memory of the one that ended is gone
+    assert total.caches.keys() == set(CACHES)
     assert add_up([]) == add_up([Counts()])
 
 
@@ -287,7 +290,7 @@ async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(worker_process, "spawn", spawn)
     monkeypatch.setattr(workers, "BACKOFF", 0.02)
-    monkeypatch.setattr(workers, "LAST", 0.05)
+    monkeypatch.setattr(workers, "STOP_MARGIN", 0.05)
     it = Workers(Settings(directory / "policy.yaml", f"unix:{directory}/s", workers=2), refresh)
     it.start()
     try:
@@ -328,8 +331,8 @@ def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
 def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that decides, and takes over no second epoch, is dead when the owner calls that epoch settled."""
     script = f"link.send({frame(frames.Installed(1, 1))!r}); time.sleep(60)"
-    monkeypatch.setattr(worker_process, "ANSWER", 0.3)
-    policy = policy_file.parse(POLICY, key_files=False)
+    monkeypatch.setattr(worker_process, "INSTALL_TIMEOUT", 0.3)
+    policy = parse_policy(POLICY, key_files=False)
 
     async def play() -> None:
         async with owned(tmp_path, script, monkeypatch) as it:
@@ -349,13 +352,13 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
     """What was said while it could not hear counts."""
     script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(TOLD)"
     script = script.replace("TOLD", repr(frame(frames.Told(1, None))))
-    monkeypatch.setattr(worker_process, "ALIVE", 0.2)
-    for name, seconds in (("ASK", 0.01), ("LOOK", 0.01), ("HELD_UP", 0.1)):
+    monkeypatch.setattr(worker_process, "ANSWER_TIMEOUT", 0.2)
+    for name, seconds in (("COUNTS_INTERVAL", 0.01), ("WATCH_INTERVAL", 0.01), ("STALL", 0.1)):
         monkeypatch.setattr(workers, name, seconds)
 
     async def play() -> None:
         async with owned(tmp_path, script, monkeypatch) as it:
-            it.install(Epoch.of(Snapshot(policy_file.parse(POLICY, key_files=False))))
+            it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
             await until(lambda: bool(it._deciding()))
             for _ in range(3):
                 time.sleep(0.3)
@@ -394,9 +397,9 @@ def test_one_process_has_no_workers(tmp_path: Path) -> None:
         it = Workers(Settings(tmp_path / "policy.yaml", f"unix:{tmp_path}/s"), refresh)
         it.start()
         await it.prepare("d", b"", tmp_path)
-        it.install(Epoch.of(Snapshot(policy_file.parse(POLICY, key_files=False))))
+        it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
         await it.settled()
-        await it.fresh()
+        await it.refresh()
         assert (it.report(), it.restarts, it.counts().checks) == ([], 0, 0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(it.ended(), 0.05)

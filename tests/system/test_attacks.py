@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from ext_authz.cli import main
+from ext_authz.cli.main import main
 from ext_authz.core import gate
-from ext_authz.core.check import Memory, check, identify, remember
+from ext_authz.core.check import check, identify, store
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.model import Outcome, Request
+from ext_authz.core.snapshot import CacheSizes
 from ext_authz.sources.watched import WatchedFile
 from tests.harness import asks, tokens
 from tests.harness.system import HOST, System, wait_for
@@ -153,14 +154,16 @@ def test_large_decisions_and_tokens_take_the_room_of_many(tmp_path: Path) -> Non
     names = [f"e{n:02d}" for n in range(gate.MAX_NAMES)]
     experts = "".join(f"  {n}: {{tier: low, endpoints: ['127.0.0.1:1']}}\n" for n in names)
     policy = asks.load_policy(tmp_path, ("experts:\n", f"experts:\n{experts}"))
-    snapshot = Memory(tokens=64, decisions=64).snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256"))}, 1)
+    snapshot = CacheSizes(tokens=64, decisions=64).snapshot(
+        policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256"))}, 1
+    )
     for order in itertools.islice(itertools.permutations(names), 200):
         made = check(snapshot, Request("GET", "/x", {"x-expert-names": ",".join(order)}), time.time())
         assert isinstance(made, Outcome)
         assert made.decision.serve == order
-        remember(snapshot, ("/x", ",".join(order).encode()), Request("GET", "/x", {}), made)
+        store(snapshot, ("/x", ",".join(order).encode()), Request("GET", "/x", {}), made)
     assert 1 <= len(snapshot.decisions) <= 8
-    assert 1 <= len(snapshot.headings) <= 8
+    assert 1 <= len(snapshot.requests) <= 8
     for n in range(20):
         token = asks.token(jti=str(n), roles=["x" * 10_000])
         identify(snapshot, Request("GET", "/x", {"authorization": f"Bearer {token}"}), time.time())

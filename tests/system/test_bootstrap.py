@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ext_authz.policyfile.values import UNSENT
+from ext_authz.core.headers import NOT_SENT
 from ext_authz.wire.bootstrap import bootstrap, envoy_file
 from tests.harness.rig import ENVOY, HOST, Answer, Rig, rig
 
@@ -356,5 +356,5 @@ def test_what_envoy_does_not_send_names_no_experts() -> None:
     """A gate that read it would find nothing, and take the default list."""
     manager = yaml.safe_load(TEMPLATE)["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]
     authz = manager["typed_config"]["http_filters"][1]["typed_config"]
-    unsent = [*({"exact": name} for name in UNSENT), {"prefix": ":"}, {"prefix": "x-b3-"}]
+    unsent = [*({"exact": name} for name in NOT_SENT), {"prefix": ":"}, {"prefix": "x-b3-"}]
     assert sorted(map(str, authz["disallowed_headers"]["patterns"])) == sorted(map(str, unsent))

@@ -241,7 +241,7 @@ def test_a_full_expert_is_avoided_and_when_all_are_full_the_answer_comes_at_once
 
 
 def test_policies_with_many_experts_have_no_pairs_and_still_fail_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters, "PAIRS", 2)
+    monkeypatch.setattr(clusters, "MAX_PAIRED", 2)
     with rig({"A": 1, "B": 1, "C": 1}) as it:
 
         async def play() -> None:
@@ -262,7 +262,7 @@ def test_experts_behind_names_and_without_a_health_check_serve_too(running: Rig)
         mixed = policy({n: [Endpoint(h, running.experts[n][0].port)] for n, h in zip("ABCD", hosts, strict=True)}, FAST)
         experts = dict(mixed.experts)
         experts["B"] = replace(experts["B"], traffic=replace(FAST, health=None))
-        assert (await running.publish(replace(mixed, experts=experts))).kind == "acked"
+        assert (await running.publish(replace(mixed, experts=experts))).result == "acked"
         assert set(await outcomes(running, ABC)) == {"A", "B", "C"}
         await stop(running, "A", known=True)
         assert set(await outcomes(running, ABC)) == {"B", "C"}

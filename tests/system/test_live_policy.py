@@ -15,8 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from ext_authz.cli import main
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.cli.main import main
+from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import ROOT, tokens
 from tests.harness.policies import write_keys
@@ -50,7 +50,7 @@ def digest(it: System) -> str:
 
 def swap(it: System, text: str) -> str:
     """Put `text` in force; its digest."""
-    wanted = policy_file.parse(text, "policy.yaml", it.directory).digest
+    wanted = parse_policy(text, "policy.yaml", it.directory).digest
     it.write_policy(text)
     wait_for(lambda: digest(it) == wanted, f"policy {wanted}", it, seconds=10)
     return wanted
@@ -126,7 +126,7 @@ def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
     (folder / "..data_tmp").rename(folder / "..data")
     (folder / "link").symlink_to("..data/policy.yaml")
     (folder / "link").rename(folder / "policy.yaml")
-    wanted = policy_file.parse(target, "policy.yaml", folder).digest
+    wanted = parse_policy(target, "policy.yaml", folder).digest
     wait_for(lambda: digest(live) == wanted, "the mounted policy", live)
     again = folder / "..2026_2"
     again.mkdir()
@@ -134,7 +134,7 @@ def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
     (folder / "..data_tmp").symlink_to(again.name)
     (folder / "..data_tmp").rename(folder / "..data")
     shutil.rmtree(version)
-    wanted = policy_file.parse(original + "# mounted again\n", "policy.yaml", folder).digest
+    wanted = parse_policy(original + "# mounted again\n", "policy.yaml", folder).digest
     wait_for(lambda: digest(live) == wanted, "the second mounted policy", live)
     (folder / "policy.yaml").unlink()
     (folder / "policy.yaml").write_text(original)
@@ -165,7 +165,7 @@ def test_a_new_expert_is_reachable_from_the_first_decision_that_names_it(live: S
             await asyncio.sleep(0.2)
 
     answers = under_load(live, ["D"], add_and_remove)
-    gone = policy_file.parse(without, "policy.yaml", live.directory).digest
+    gone = parse_policy(without, "policy.yaml", live.directory).digest
     for status, policy, expert in answers:
         assert (status, expert) == ((404, "") if policy == gone else (200, "D"))
     assert {status for status, _, _ in answers} == {200, 404}

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from ext_authz.policyfile import compile as policy_file
+from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import tokens
 from tests.harness.system import HOST, System, system, wait_for
@@ -81,7 +81,7 @@ def from_all(it: System, experts: str, token: str | None = None) -> set[int]:
 
 def swap(it: System, text: str) -> str:
     """Put `text` in force; its digest."""
-    wanted = policy_file.parse(text, "policy.yaml", it.directory).digest
+    wanted = parse_policy(text, "policy.yaml", it.directory).digest
     it.write_policy(text)
     wait_for(lambda: it.status()["policy"]["digest"] == wanted, f"policy {wanted}", it, seconds=10)
     return wanted
@@ -243,7 +243,7 @@ def test_a_worker_that_does_not_take_over_a_policy_is_killed_first(team: System)
     os.kill(victim["pid"], signal.SIGSTOP)
     began = time.monotonic()
     team.write_policy(original.replace("C: {tier: high", "C: {tier: low"))
-    old = policy_file.parse(original, "policy.yaml", team.directory).digest
+    old = parse_policy(original, "policy.yaml", team.directory).digest
     while team.status()["policy"]["digest"] == old:
         assert time.monotonic() - began < 10
     assert not alive(victim["pid"])

@@ -14,7 +14,7 @@ from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, Discov
 from envoy_data_plane.google.rpc import Status
 
 from ext_authz.core.policy import Endpoint
-from ext_authz.wire.ads import SERVICE, Ads, Kind, Resources
+from ext_authz.wire.ads import SERVICE, Ads, PublishResult, Resources
 from tests.harness.rig import FAST, HOST, Rig, policy, rig, until
 
 CLUSTERS, FILTERS = "type.googleapis.com/test.Cluster", "type.googleapis.com/test.Filter"
@@ -108,7 +108,7 @@ async def acked(envoy: FakeEnvoy) -> str:
 
 def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
-        assert (await ads.publish(ONE)).kind is Kind.NO_ENVOY
+        assert (await ads.publish(ONE)).result is PublishResult.NO_ENVOY
         envoy = connect()
         await envoy.ask()
         response = await envoy.read()
@@ -138,7 +138,7 @@ def test_what_is_fixed_is_sent_first_and_with_everything() -> None:
             assert await acked(envoy) == ONE.versions[CLUSTERS]
             task = await publishing(ads, TWO)
             assert await acked(envoy) == TWO.versions[CLUSTERS]
-            assert (await task).kind is Kind.ACKED
+            assert (await task).result is PublishResult.ACKED
 
     asyncio.run(run())
 
@@ -156,10 +156,10 @@ def test_publish_ends_when_every_envoy_has_acknowledged() -> None:
         await asyncio.sleep(0.05)
         assert not task.done()
         await second.ack(response)
-        assert (await task).kind is Kind.ACKED
+        assert (await task).result is PublishResult.ACKED
         assert ads.acknowledged == TWO.version
         await second.ack(response)  # a second time
-        assert (await ads.publish(TWO)).kind is Kind.ACKED  # nothing to send
+        assert (await ads.publish(TWO)).result is PublishResult.ACKED  # nothing to send
 
     play(scene)
 
@@ -175,17 +175,17 @@ def test_a_refusal_is_told_in_envoys_words_and_taken_back_everywhere() -> None:
         assert await acked(good) == TWO.versions[CLUSTERS]
         await bad.nack(await bad.read(), "port 70000 is too large", ONE.versions[CLUSTERS])
         outcome = await task
-        assert (outcome.kind, outcome.message) == (Kind.NACKED, "port 70000 is too large")
+        assert (outcome.result, outcome.message) == (PublishResult.NACKED, "port 70000 is too large")
         assert ads.last_error == "port 70000 is too large"
         assert await acked(good) == await acked(bad) == ONE.versions[CLUSTERS]
         late = connect()
         await late.ask()
         assert await acked(late) == ONE.versions[CLUSTERS]
-        assert (await ads.publish(ONE)).kind is Kind.ACKED
+        assert (await ads.publish(ONE)).result is PublishResult.ACKED
         assert (ads.acknowledged, ads.last_error) == (ONE.version, "port 70000 is too large")
         task = await publishing(ads, THREE)
         assert {await acked(e) for e in (good, bad, late)} == {THREE.versions[CLUSTERS]}
-        assert (await task).kind is Kind.ACKED
+        assert (await task).result is PublishResult.ACKED
         assert ads.last_error is None
 
     play(scene)
@@ -198,7 +198,7 @@ def test_an_envoy_that_does_not_answer_costs_the_timeout_and_gets_only_the_newes
         await envoy.ask()
         first = await envoy.read()
         outcome = await ads.publish(TWO, timeout=0.1)
-        assert outcome.kind is Kind.TIMEOUT
+        assert outcome.result is PublishResult.TIMEOUT
         await ads.publish(THREE, timeout=0.1)
         second, third = await envoy.read(), await envoy.read()
         for stale in (first, second):
@@ -223,10 +223,10 @@ def test_an_envoy_that_goes_is_not_waited_for() -> None:
         await acked(stays)
         await goes.read()
         goes.leave()
-        assert (await task).kind is Kind.ACKED
+        assert (await task).result is PublishResult.ACKED
         task = await publishing(ads, ONE)
         stays.leave()
-        assert (await task).kind is Kind.NO_ENVOY
+        assert (await task).result is PublishResult.NO_ENVOY
 
     play(scene)
 
@@ -259,7 +259,7 @@ def test_types_come_in_their_order_the_next_when_the_one_before_is_acknowledged(
         assert (response.type_url, response.resources[0].value) == (FILTERS, b"f2")
         assert not task.done()
         await envoy.ack(response, names=("lease",))
-        assert (await task).kind is Kind.ACKED
+        assert (await task).result is PublishResult.ACKED
         await envoy.ack(response, names=("lease", "another"))  # it asks for one more
         assert (await envoy.read()).version_info == NEWER.versions[FILTERS]
 
@@ -292,7 +292,7 @@ def test_a_stream_that_makes_no_sense_is_ended_and_the_others_live() -> None:
         await until(lambda: ads.connected == 1, "the bad streams to end")
         task = await publishing(ads, TWO)
         await acked(good)
-        assert (await task).kind is Kind.ACKED
+        assert (await task).result is PublishResult.ACKED
 
     play(scene)
 
@@ -310,12 +310,12 @@ def test_a_pushed_expert_serves_from_the_first_request_on(running: Rig) -> None:
     async def scene() -> None:
         await running.add("C")
         for _ in range(3):
-            assert (await running.publish(running.policy("AB"))).kind is Kind.ACKED
-            assert (await running.publish(running.policy())).kind is Kind.ACKED
+            assert (await running.publish(running.policy("AB"))).result is PublishResult.ACKED
+            assert (await running.publish(running.policy())).result is PublishResult.ACKED
             assert (await running.send("expert-c")).text == "C"
         assert running.resources is not None
         assert running.ads.acknowledged == running.resources.version
-        assert (await running.publish(running.policy())).kind is Kind.ACKED
+        assert (await running.publish(running.policy())).result is PublishResult.ACKED
 
     running.run(scene())
 
@@ -324,7 +324,7 @@ def test_an_expert_that_answers_its_health_check_late_is_waited_for(running: Rig
     async def scene() -> None:
         (slow,) = await running.add("S")
         slow.health_delay = 0.05
-        assert (await running.publish(running.policy())).kind is Kind.ACKED
+        assert (await running.publish(running.policy())).result is PublishResult.ACKED
         assert (await running.send("expert-s")).text == "S"
 
     running.run(scene())
@@ -336,10 +336,10 @@ def test_envoy_says_what_it_does_not_accept_and_keeps_what_it_had(running: Rig) 
         experts = dict(good.experts)
         experts["A"] = replace(experts["A"], endpoints=(Endpoint(HOST, 70_000),))
         outcome = await running.publish(replace(good, experts=experts))
-        assert outcome.kind is Kind.NACKED
+        assert outcome.result is PublishResult.NACKED
         assert "expert-a" in outcome.message
         assert "65535" in outcome.message
-        assert (await running.publish(good)).kind is Kind.ACKED
+        assert (await running.publish(good)).result is PublishResult.ACKED
         assert (await running.send("expert-a")).text == "A"
         assert running.ads.last_error == outcome.message
 
@@ -350,7 +350,7 @@ def test_envoy_restarts(running: Rig) -> None:
     async def scene() -> None:
         await running.stop_envoy()
         await until(lambda: running.ads.connected == 0, "the stream to end")
-        assert (await running.publish(running.policy("A"))).kind is Kind.NO_ENVOY
+        assert (await running.publish(running.policy("A"))).result is PublishResult.NO_ENVOY
         await running.start_envoy()
         assert (await running.send("expert-a")).text == "A"
         assert (await running.send("expert-b")).status == 503
@@ -369,7 +369,7 @@ def test_ext_authz_restarts_and_envoy_keeps_its_clusters_meanwhile(running: Rig)
         await until(lambda: running.ads.acknowledged is not None, "envoy to come back", running)
         assert (await running.send("expert-a")).text == "A"
         await running.add("C")
-        assert (await running.publish(running.policy())).kind is Kind.ACKED
+        assert (await running.publish(running.policy())).result is PublishResult.ACKED
         assert (await running.send("expert-c")).text == "C"
 
     running.run(scene())
@@ -388,9 +388,9 @@ def test_requests_are_served_throughout_a_change_of_experts(running: Rig) -> Non
         clients = [asyncio.create_task(client()) for _ in range(4)]
         await running.add("C")
         for names in ("ABC", "AB", "ABC", "BA", "ABC"):
-            assert (await running.publish(running.policy(names))).kind is Kind.ACKED
+            assert (await running.publish(running.policy(names))).result is PublishResult.ACKED
         for n in (1, 2, 3):  # the experts' own clusters are replaced
-            assert (await running.publish(running.policy(max_requests=500 + n))).kind is Kind.ACKED
+            assert (await running.publish(running.policy(max_requests=500 + n))).result is PublishResult.ACKED
         stop.set()
         statuses = [s for c in clients for s in await c]
         assert set(statuses) == {200}
@@ -404,7 +404,7 @@ def test_a_type_without_a_policy_is_no_reason_to_hang(running: Rig) -> None:
 
     async def scene() -> None:
         empty = policy({}, FAST)
-        assert (await running.publish(empty)).kind is Kind.ACKED
+        assert (await running.publish(empty)).result is PublishResult.ACKED
         assert (await running.send("expert-a")).code == "experts_unavailable"
 
     running.run(scene())

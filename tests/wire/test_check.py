@@ -23,8 +23,9 @@ from envoy_data_plane.envoy.service.auth.v3 import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ext_authz.core.decide import decide
 from ext_authz.core.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
-from ext_authz.core.policy import Expert, Policy, Traffic, decide
+from ext_authz.core.policy import Expert, Policy, Traffic
 from ext_authz.wire.check import INTERNAL, Writer, read
 from ext_authz.wire.twin import twins
 from tests.harness.asks import response_of

@@ -16,7 +16,7 @@ from envoy_data_plane.envoy.extensions.load_balancing_policies.subset.v3 import 
 
 from ext_authz.core.policy import Endpoint, Expert, Health, Outlier, Policy, Traffic
 from ext_authz.wire.ads import Resources
-from ext_authz.wire.clusters import PAIRS, SPARE, TYPE_CLUSTER, cluster_resources
+from ext_authz.wire.clusters import MAX_PAIRED, SPARE, TYPE_CLUSTER, cluster_resources
 
 HERE = Endpoint("10.0.0.1", 80)
 
@@ -66,14 +66,21 @@ def test_every_ordered_pair_has_a_ladder(name: str, experts: list[Expert], expec
 
 @pytest.mark.parametrize(
     ("experts", "clusters"),
-    [(0, 0), (1, 1), (2, 2 + 2), (PAIRS, PAIRS * PAIRS + 1), (PAIRS + 1, 2 * (PAIRS + 1) + 1), (1000, 2001)],
+    [
+        (0, 0),
+        (1, 1),
+        (2, 2 + 2),
+        (MAX_PAIRED, MAX_PAIRED * MAX_PAIRED + 1),
+        (MAX_PAIRED + 1, 2 * (MAX_PAIRED + 1) + 1),
+        (1000, 2001),
+    ],
 )
 def test_the_number_of_clusters_stays_bearable(experts: int, clusters: int) -> None:
     assert len(resources(*many(experts)).types[TYPE_CLUSTER]) == clusters
 
 
 def test_beyond_the_limit_a_ladder_is_one_expert_and_the_spare() -> None:
-    ladders = made(*many(PAIRS + 1))
+    ladders = made(*many(MAX_PAIRED + 1))
     assert set(rungs(ladders["expert-e7~"])) == {"expert-e7", SPARE}
 
 

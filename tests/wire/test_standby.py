@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import HeaderValueOptionHeaderAppendAction as AppendAction
 
+from ext_authz.core import leases
+from ext_authz.core.decide import decide
 from ext_authz.core.model import Identity, Outcome, Request
-from ext_authz.core.policy import Policy, decide
-from ext_authz.wire import lease_filter as leases
+from ext_authz.core.policy import Policy
 from ext_authz.wire.check import Writer
 from tests.harness import asks, policies
 

@@ -1,0 +1,95 @@
+"""Every header that SRP reads or writes, and who may set it. Code, Lua and tests take the names from here.
+
+The Lua filters get what they need injected (`wire.lease_filter`); envoy.yaml, which nobody generates, is held against
+this file by a test. docs and README explain the headers to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ext_authz.core.model import Decision
+
+# Set by the client.
+AUTHORIZATION = "authorization"
+ACCESS_TOKEN = "x-expert-access-token"
+DOWNGRADE = "x-srp-downgrade"
+TOKEN_HEADERS = (AUTHORIZATION, ACCESS_TOKEN)
+
+# Set by Envoy, for ext_authz.
+REQUESTED_CLUSTER = "x-requested-cluster"  # a client's own `x-target-cluster`, moved here before any filter runs
+PARTIAL_BODY = "x-envoy-auth-partial-body"
+CONTENT_ENCODING = "content-encoding"
+CONTENT_TYPE = "content-type"
+
+# Set by ext_authz, for Envoy's router and for the expert.
+TARGET_CLUSTER = "x-target-cluster"
+SUBJECT = "x-srp-subject"
+TIER = "x-srp-tier"
+DECISION_ID = "x-srp-decision-id"
+TIMEOUT = "x-envoy-upstream-rq-timeout-ms"
+MAX_RETRIES = "x-envoy-max-retries"
+RETRY_ON = "x-envoy-retry-on"
+TO_EXPERT = (TARGET_CLUSTER, SUBJECT, TIER, DECISION_ID, TIMEOUT, MAX_RETRIES, RETRY_ON)
+
+# Set by Envoy, for the client: the expert that really answered, and how many attempts it took.
+EXPERT = "x-srp-expert"
+ATTEMPTS = "x-srp-attempts"
+
+# What every decision may read besides the path and the gate's own header. A lease's key holds all of them.
+READ_BY_EVERY_DECISION = (*TOKEN_HEADERS, REQUESTED_CLUSTER, DOWNGRADE)
+
+# Envoy does not send these, and `x-b3-*`, to ext_authz: they differ from request to request and say nothing of it.
+NOT_SENT = (
+    "content-length", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-amzn-trace-id",
+    "x-cloud-trace-context",
+)  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """What is stated of one decision. `policy` is the digest of the policy that made it."""
+
+    decision: Decision
+    decision_id: str
+    policy: str
+
+
+class Field(NamedTuple):
+    """One fact that SRP states of each decision: as dynamic metadata `name` for the access log, and as `header` to the
+    client (None: the client is not told). An empty text is left out of the headers."""
+
+    name: str
+    header: str | None
+    text: Callable[[Answer], str]
+
+
+FIELDS = (
+    Field("decision", "x-srp-decision", lambda a: a.decision.verdict.value),
+    Field("reason", "x-srp-reason", lambda a: a.decision.reason.value),
+    Field("requested", "x-srp-requested", lambda a: ",".join(a.decision.requested)),
+    Field("unknown", "x-srp-unknown", lambda a: ",".join(a.decision.unknown)),
+    Field("decision_id", DECISION_ID, lambda a: a.decision_id),
+    Field("policy", "x-srp-policy", lambda a: a.policy),
+    Field("candidates", None, lambda a: ",".join(a.decision.serve)),
+    Field("caller_tier", None, lambda a: a.decision.caller_tier or ""),
+)
+
+# What an expert on standby changes if it answers: Envoy knows, ext_authz does not.
+DEPENDS_ON_WHO_ANSWERS = frozenset({"x-srp-decision", "x-srp-reason"})
+
+
+def removed(forward_token: bool) -> tuple[str, ...]:
+    """The client's headers that no expert gets."""
+    return (REQUESTED_CLUSTER, DOWNGRADE, *(() if forward_token else TOKEN_HEADERS))
+
+
+def client_headers(answer: Answer) -> dict[str, str]:
+    """The headers that tell the client of a decision."""
+    texts = ((field.header, field.text(answer)) for field in FIELDS)
+    return {header: text for header, text in texts if header is not None and text}
+
+
+def metadata(answer: Answer) -> dict[str, str]:
+    """The dynamic metadata of a decision: no subject, no claim, no token."""
+    return {field.name: field.text(answer) for field in FIELDS}

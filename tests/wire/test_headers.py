@@ -1,0 +1,84 @@
+"""The header lists of `core.headers`, against what is really written, and against the files of envoy/."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import yaml
+
+from ext_authz.core import headers
+from ext_authz.core.check import check
+from ext_authz.core.model import Outcome, Request
+from ext_authz.wire.check import Writer
+from ext_authz.wire.lease_filter import settings
+from tests.harness import ROOT, asks
+
+MANAGER = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())["static_resources"]["listeners"][0]["filter_chains"][
+    0
+]["filters"][0]["typed_config"]
+CLIENTS = {headers.AUTHORIZATION, headers.ACCESS_TOKEN, headers.DOWNGRADE}  # what a client may send of ours
+
+
+@pytest.fixture
+def answer(tmp_path: Any) -> Any:
+    """A response that has every header there is: a downgrade with a subject, unknown names and retries on 5xx."""
+    policy = asks.load_policy(tmp_path, ("A: {tier: low,", "A: {tier: low, retry_on: 5xx,"))
+    request = Request("POST", "/", {"authorization": f"Bearer {asks.token(sub='ada')}", "x-expert-names": "A,nobody"})
+    outcome = check(asks.snapshot(policy), request, time.time())
+    assert isinstance(outcome, Outcome)
+    return asks.response_of(Writer(policy).write(outcome.decision, subject=outcome.caller.subject))
+
+
+def test_an_answer_sets_for_the_expert_what_the_list_says(answer: Any) -> None:
+    assert {o.header.key for o in answer.ok_response.headers} == set(headers.TO_EXPERT)
+
+
+def test_an_answer_tells_the_client_and_the_log_what_the_list_says(answer: Any) -> None:
+    told = {o.header.key for o in answer.ok_response.response_headers_to_add}
+    assert told == {field.header for field in headers.FIELDS if field.header}
+    assert set(answer.dynamic_metadata.fields) == {field.name for field in headers.FIELDS}
+
+
+def test_an_answer_removes_what_the_list_says(answer: Any) -> None:
+    assert set(answer.ok_response.headers_to_remove) == set(headers.removed(forward_token=False))
+
+
+def test_the_lease_filter_is_given_the_lists(tmp_path: Any) -> None:
+    text = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1])), settings(asks.load_policy(tmp_path), "epoch"))
+    for name in (*headers.TO_EXPERT, *headers.READ_BY_EVERY_DECISION, *(field.name for field in headers.FIELDS)):
+        assert f'"{name}"' in text
+
+
+def test_envoy_strips_from_the_client_what_only_srp_may_set() -> None:
+    extension = MANAGER["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
+    stripped = {m["remove"] for m in extension if "remove" in m}
+    ours = {*headers.TO_EXPERT, *(field.header for field in headers.FIELDS if field.header)}
+    ours |= {headers.EXPERT, headers.ATTEMPTS, headers.REQUESTED_CLUSTER}
+    assert {name for name in ours if not name.startswith("x-envoy-")} <= stripped
+    assert {"key_matcher": {"prefix": "x-envoy-"}} in [m.get("remove_on_match") for m in extension]
+    assert not stripped & CLIENTS
+
+
+def test_envoy_lets_ext_authz_change_what_it_changes_and_nothing_else() -> None:
+    [ext_authz] = [f for f in MANAGER["http_filters"] if f["name"] == "envoy.filters.http.ext_authz"]
+    allowed = ext_authz["typed_config"]["decoder_header_mutation_rules"]["allow_expression"]["regex"]
+    changed = {*headers.TO_EXPERT, *headers.removed(forward_token=False)}
+    assert all(re.fullmatch(allowed, name) for name in changed)
+    assert not any(
+        re.fullmatch(allowed, name) for name in ("host", ":path", "content-length", headers.EXPERT, "cookie")
+    )
+
+
+def test_envoy_keeps_to_itself_what_conditions_cannot_read() -> None:
+    [ext_authz] = [f for f in MANAGER["http_filters"] if f["name"] == "envoy.filters.http.ext_authz"]
+    patterns = ext_authz["typed_config"]["disallowed_headers"]["patterns"]
+    assert {p["exact"] for p in patterns if "exact" in p} == set(headers.NOT_SENT)
+    assert {p["prefix"] for p in patterns if "prefix" in p} == {":", "x-b3-"}
+
+
+def test_the_route_script_uses_the_names_of_the_list() -> None:
+    used = set(re.findall(r'"(x-[a-z-]+)"', (ROOT / "envoy/least_request.lua").read_text()))
+    assert used == {headers.TARGET_CLUSTER, headers.EXPERT, *headers.DEPENDS_ON_WHO_ANSWERS}
