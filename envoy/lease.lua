@@ -4,50 +4,50 @@
 -- sets SRP (ext_authz/wire/lease_filter.py). A new epoch is a new text, and a new text starts with empty tables on
 -- every worker thread.
 --
--- A lease is found by the exact text of everything that its decision read. It is stored when ext_authz grants one, in
--- the dynamic metadata of its answer, and this is the filter of the epoch that granted it.
+-- A lease's key is the exact text of everything that its decision read. A lease is stored when ext_authz grants one, in
+-- the dynamic metadata of its answer, and this filter belongs to the epoch that granted it.
 --
--- Whatever fails in here, the request is not marked, and ext_authz decides.
+-- If anything fails here, the request is not marked, and ext_authz decides.
 
 local EPOCH, ENTRIES = SRP.epoch, SRP.entries
 local RULES = SRP.rules -- of the gate, in order
 local READ = SRP.read -- what decisions read besides the path and the gate's header
 local TO_EXPERT = SRP.to_expert -- headers that decisions set for the expert
-local TO_CLIENT = SRP.to_client -- headers that tell the client of the decision, by the name of the fact
+local TO_CLIENT = SRP.to_client -- headers that report the decision to the client, by the name of the fact
 local LOGGED = SRP.logged -- names of the facts in the dynamic metadata, for the access log
-local REMOVED = SRP.removed -- the client's headers that no expert gets
+local REMOVED = SRP.removed -- the client's headers that are not forwarded to experts
 
-local OWN = "srp.lease" -- `hit` in here is what switches ext_authz off (envoy.yaml); only this filter writes it
+local OWN = "srp.lease" -- `hit` in this namespace switches ext_authz off (envoy.yaml); only this filter writes it
 local DECISION = "envoy.filters.http.ext_authz"
 local MAX_KEY = 4096 -- bytes
-local MAX_LEASE = 8192 -- bytes of a key and all that is kept with it
-local MAX_PENDING = 1024 -- misses that await their answer
-local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse more, is not asked
-local MAX_HEADERS, MAX_HEADER_BYTES = 80, 48 * 1024 -- with a decision's still fewer than the limits of envoy.yaml
-local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, well under those that a new epoch waits for
+local MAX_LEASE = 8192 -- bytes of a key and everything stored with it
+local MAX_PENDING = 1024 -- misses that wait for their answer
+local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse a larger body, is not asked
+local MAX_HEADERS, MAX_HEADER_BYTES = 80, 48 * 1024 -- with a decision's, still under the limits in envoy.yaml
+local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, far fewer than a new epoch waits
 
--- Two generations: when the young one is full, the old one is dropped whole.
-local function table_of(most)
-  return { most = most, young = {}, old = {}, count = 0, before = 0 }
+-- Two generations: when the young one is full, the old one is evicted as a whole.
+local function new_cache(capacity)
+  return { capacity = capacity, young = {}, old = {}, young_count = 0, old_count = 0 }
 end
 
--- Keeps a value; how many others were dropped for it.
-local function put(kept, key, value)
-  local dropped = 0
-  if kept.young[key] == nil then
-    if kept.count == kept.most then
-      dropped = kept.before
-      kept.old, kept.before = kept.young, kept.count
-      kept.young, kept.count = {}, 0
+-- Stores a value; returns how many others were evicted for it.
+local function put(cache, key, value)
+  local evicted = 0
+  if cache.young[key] == nil then
+    if cache.young_count == cache.capacity then
+      evicted = cache.old_count
+      cache.old, cache.old_count = cache.young, cache.young_count
+      cache.young, cache.young_count = {}, 0
     end
-    kept.count = kept.count + 1
+    cache.young_count = cache.young_count + 1
   end
-  kept.young[key] = value
-  return dropped
+  cache.young[key] = value
+  return evicted
 end
 
-local leases = table_of(ENTRIES)
-local pending, serial = table_of(MAX_PENDING), 0
+local leases = new_cache(ENTRIES)
+local pending, serial = new_cache(MAX_PENDING), 0
 
 local function count(handle, name, n)
   if n > 0 then
@@ -68,7 +68,7 @@ local function rule_of(path)
   end
 end
 
--- A header's part of the key, by its length so that no value can pass for two; nil if it came more than once.
+-- A header's part of the key, with its length so that no value can pass for two; nil if it appears more than once.
 local function part(headers, name)
   local n = headers:getNumValues(name)
   if n == 0 then
@@ -80,7 +80,7 @@ local function part(headers, name)
   end
 end
 
--- All that the decision on this request reads; nil if that is more than a key may hold.
+-- Everything that the decision on this request reads; nil if that is more than a key may hold.
 local function key_of(headers)
   local path = headers:get(":path") -- `get` of a missing header returns no value at all
   path = path and path:match("^[^?]*")
@@ -109,7 +109,7 @@ local function key_of(headers)
 end
 
 local function valid(lease, now)
-  return lease.since <= now and now < lease.expires -- a clock that was set back ends it, too
+  return lease.since <= now and now < lease.expires -- a clock that was set back also ends it
 end
 
 local function find(handle, key)
@@ -122,14 +122,14 @@ local function find(handle, key)
   if not lease then
     return nil
   end
-  leases.old[key], leases.before = nil, leases.before - 1
+  leases.old[key], leases.old_count = nil, leases.old_count - 1
   if valid(lease, now) then
     count(handle, "evictions", put(leases, key, lease))
     return lease
   end
 end
 
--- Whether the headers have room for those of a decision: if not, Envoy refuses what ext_authz has decided.
+-- Whether the headers have room for those of a decision. If not, Envoy rejects what ext_authz has decided.
 local function roomy(headers)
   local n, bytes = 0, 0
   for name, value in pairs(headers) do
@@ -138,17 +138,17 @@ local function roomy(headers)
   return n <= MAX_HEADERS and bytes <= MAX_HEADER_BYTES
 end
 
--- Whether the request is whole within MAX_WAIT, the lease still good, and the body one that ext_authz would take, which
--- waits for the whole, too: a slow sender must not keep an expert busy meanwhile, nor a lease alive beyond its epoch.
+-- Whether the request is complete within MAX_WAIT, the lease is still valid, and ext_authz, which also waits for the
+-- whole body, would accept it. A slow sender must not keep an expert busy, or a lease alive beyond its epoch.
 local function whole(handle, lease)
-  local began = handle:timestamp()
-  local body = handle:body() -- at once, and no value, if there is none
+  local started = handle:timestamp()
+  local body = handle:body() -- returns at once, without a value, if there is none
   local now = handle:timestamp()
-  return (not body or body:length() <= MAX_BODY) and began <= now and now <= began + MAX_WAIT and valid(lease, now)
+  return (not body or body:length() <= MAX_BODY) and started <= now and now <= started + MAX_WAIT and valid(lease, now)
 end
 
 local function repeat_decision(handle, lease)
-  local headers = handle:headers() -- those of before a wait are out of use
+  local headers = handle:headers() -- headers from before a wait are no longer valid
   for i = 1, #TO_EXPERT do
     local value = lease.headers[TO_EXPERT[i]]
     if value then
@@ -199,19 +199,19 @@ local function store(handle, key, decision)
   if decision.decision ~= "allow" and decision.decision ~= "downgrade" then
     return
   end
-  local kept, bytes = { since = now, expires = expires, headers = {}, decision = {} }, #key
+  local lease, bytes = { since = now, expires = expires, headers = {}, decision = {} }, #key
   for i = 1, #TO_EXPERT do
     local value = grant.headers[TO_EXPERT[i]]
-    kept.headers[TO_EXPERT[i]], bytes = value, bytes + #(value or "")
+    lease.headers[TO_EXPERT[i]], bytes = value, bytes + #(value or "")
   end
   for i = 1, #LOGGED do
     local value = decision[LOGGED[i]]
-    kept.decision[LOGGED[i]], bytes = value, bytes + #value
+    lease.decision[LOGGED[i]], bytes = value, bytes + #value
   end
   if bytes > MAX_LEASE then
     return
   end
-  count(handle, "evictions", put(leases, key, kept))
+  count(handle, "evictions", put(leases, key, lease))
   count(handle, "stores", 1)
 end
 
@@ -234,7 +234,7 @@ function envoy_on_response(handle)
   end
   local key = pending.young[own.asked] or pending.old[own.asked]
   pending.young[own.asked], pending.old[own.asked] = nil, nil
-  -- The answer has the decision's id unless Envoy has refused to do as decided.
+  -- The response has the decision's id unless Envoy rejected the decision.
   if key and decision and decision.lease and headers:get("x-srp-decision-id") == decision.decision_id then
     store(handle, key, decision)
   end

@@ -1,46 +1,50 @@
 -- The idlest permitted expert gets the request.
 --
--- ext_authz puts the clusters that may serve a request into one header, the only thing read here:
+-- ext_authz puts the clusters that may serve a request into one header, the only input of the choice:
 --
 --     x-target-cluster: expert-a;w=2;m=64,expert-b;s
 --
--- `w` is the expert's weight (default 1), `m` the requests it may have in flight (default: any number). Of these
--- clusters the one with the smallest (in flight + 1) / weight wins, ties at random. Full clusters come last, and before
--- them those on standby (`s`), which are for when no other can serve. In flight means what all worker threads together
--- have sent there, or hold for want of a connection.
+-- `w` is the expert's weight (default 1), `m` the requests it may have in flight (default: any number). The cluster
+-- with the smallest (in flight + 1) / weight wins; ties are broken at random. Full clusters come last. Before them come
+-- clusters on standby (`s`), which serve only when no other can. In flight are the requests of all worker threads that
+-- have been sent there or wait for a connection.
 --
--- The answer is a ladder, idlest~second (ext_authz/clusters.py): a dead cluster has nothing in flight, so it is often
--- the idlest, and only Envoy knows that it is dead. Envoy steps over it to the second. For the rest of the candidates
--- envoy_on_request leaves the ladder's last rung a list of all of them, its start turned at random.
+-- The result is a ladder, idlest~second (ext_authz/wire/clusters.py). A dead cluster has nothing in flight, so it is
+-- often the idlest, and only Envoy knows that it is dead: Envoy skips it and takes the second. For the ladder's last
+-- rung, envoy_on_request provides a list of all candidates that starts at a random one.
 --
--- Anything that is not of the form above names nobody: the request fails closed, with 503.
+-- A header of any other form names no cluster: the request fails closed, with 503.
 
-local NOBODY = "none" -- a cluster that does not exist; the policy may not define it
+local NO_CLUSTER = "none" -- a cluster that does not exist; the policy may not define it
 local MAX_CANDIDATES = 64
-local MAX_REMEMBERED = 1024 -- parsed headers per worker thread
+local MAX_CACHED = 1024 -- parsed headers per worker thread
 local FULL = 1e9 -- added to the load of a cluster that can take no more
 local STANDBY = 1e7 -- added to the load of a cluster on standby
 local DECISION = "envoy.filters.http.ext_authz" -- its dynamic metadata
 
 local random = math.random
-local remembered, count = {}, 0
+local cached, count = {}, 0
 
 local function candidate(text)
   local name, rest = text:match("^([a-z0-9][a-z0-9-]*)(.*)$")
   if not name then
     return nil
   end
-  local weight, most, after
+  local weight, max_requests, after
   weight, after = rest:match("^;w=([1-9]%d?%d?%d?)(.*)$")
   rest = after or rest
-  most, after = rest:match("^;m=([1-9]%d?%d?%d?%d?%d?%d?)(.*)$")
+  max_requests, after = rest:match("^;m=([1-9]%d?%d?%d?%d?%d?%d?)(.*)$")
   rest = after or rest
   if rest ~= "" and rest ~= ";s" then
     return nil
   end
-  local aside = rest == ";s" and STANDBY or 0
-  most = tonumber(most or FULL)
-  return { name = name, weight = tonumber(weight or 1), most = most, aside = aside, rung = { cluster = name } }
+  return {
+    name = name,
+    weight = tonumber(weight or 1),
+    max_requests = tonumber(max_requests or FULL),
+    standby = rest == ";s" and STANDBY or 0,
+    rung = { cluster = name },
+  }
 end
 
 local function parse(header)
@@ -55,19 +59,19 @@ local function parse(header)
   return candidates
 end
 
--- The candidates in the request's header, parsed once per worker thread and text.
+-- The candidates in the request's header. Each worker thread caches them by the header's text.
 local function candidates_of(handle)
   local header = handle:headers():get("x-target-cluster") -- `get` of a missing header returns no value at all
   if not header then
     return nil
   end
-  local candidates = remembered[header]
+  local candidates = cached[header]
   if not candidates then
-    if count == MAX_REMEMBERED then
-      remembered, count = {}, 0
+    if count == MAX_CACHED then
+      cached, count = {}, 0
     end
     candidates = parse(header)
-    remembered[header], count = candidates, count + 1
+    cached[header], count = candidates, count + 1
   end
   return candidates
 end
@@ -76,7 +80,7 @@ end
 function envoy_on_route(handle)
   local candidates = candidates_of(handle)
   if not candidates then
-    return NOBODY
+    return NO_CLUSTER
   end
   local best, second
   local least, next_least = math.huge, math.huge
@@ -85,7 +89,7 @@ function envoy_on_route(handle)
     local cluster = handle:getCluster(c.name)
     if cluster then
       local busy = cluster:numRequests() + cluster:numPendingRequests()
-      local load = (busy + 1) / c.weight + random() * 1e-7 + c.aside + (busy >= c.most and FULL or 0)
+      local load = (busy + 1) / c.weight + random() * 1e-7 + c.standby + (busy >= c.max_requests and FULL or 0)
       if load < least then
         best, second, least, next_least = c.name, best, load, least
       elseif load < next_least then
@@ -94,7 +98,7 @@ function envoy_on_route(handle)
     end
   end
   if not best then
-    return NOBODY
+    return NO_CLUSTER
   end
   if second then
     for _, ladder in ipairs({ best .. "~" .. second, best .. "~" }) do
@@ -113,14 +117,14 @@ function envoy_on_request(handle)
   if n < 2 then
     return
   end
-  local turn, rungs = random(n), {}
+  local start, rungs = random(n), {}
   for i = 1, n do
-    rungs[i] = candidates[(turn + i) % n + 1].rung
+    rungs[i] = candidates[(start + i) % n + 1].rung
   end
   handle:streamInfo():dynamicMetadata():set("envoy.lb", "fallback_list", rungs)
 end
 
--- An answer of an expert on standby is a downgrade, and the client is told so. `x-srp-expert` is Envoy's own word here.
+-- An answer from an expert on standby is a downgrade, and the headers say so. `x-srp-expert` is Envoy's own value here.
 function envoy_on_response(handle)
   local decision = handle:streamInfo():dynamicMetadata():get(DECISION)
   if not decision or not decision.standby then

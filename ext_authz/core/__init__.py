@@ -1,1 +1,1 @@
-"""Who may reach which expert: pure, synchronous, no I/O, no clock, no log, no Envoy. Time comes in as a value."""
+"""Who may reach which expert. Pure and synchronous: no I/O, clock, log or Envoy. Time is passed in as a value."""

@@ -1,4 +1,4 @@
-"""A bounded cache in two generations: roughly the least recently used entries are evicted first."""
+"""A bounded cache of two generations. Eviction is approximately least recently used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 @dataclass(slots=True)
 class CacheCounts:
-    """How caches of one kind were used, through all epochs."""
+    """Usage counts of one kind of cache, across all epochs."""
 
     hits: int = 0
     misses: int = 0
@@ -19,11 +19,11 @@ class CacheCounts:
 
 
 class Cache(Generic[K, V]):
-    """Entries of a total weight of at most `size`. Values are never None.
+    """Holds entries with a total weight of at most `size`. Values are never None.
 
-    A hit moves its entry to the young generation. When that reaches half of `size` it becomes the old generation, and
-    the old one is evicted as a whole. So the most recently used half always stays, and a hit in the young generation
-    changes nothing: a strict order of use would cost more than everything else here.
+    A hit moves its entry to the young generation. When the young generation reaches half of `size`, it replaces the
+    old one, which is evicted as a whole. So the most recently used half always stays. A hit in the young generation
+    changes nothing: strict LRU order would cost more than everything else here.
     """
 
     __slots__ = ("_half", "_old", "_weight", "_young", "counts")
@@ -36,7 +36,7 @@ class Cache(Generic[K, V]):
         self.counts = counts or CacheCounts()
 
     def get(self, key: K) -> V | None:
-        """The value of `key`; None if it is not cached."""
+        """The value for `key`; None if it is not cached."""
         entry = self._young.get(key)
         if entry is None:
             entry = self._old.get(key)
@@ -48,7 +48,7 @@ class Cache(Generic[K, V]):
         return entry[0]
 
     def put(self, key: K, value: V, weight: int = 1) -> None:
-        """Cache `value`; an ordinary entry has a `weight` of 1."""
+        """Cache `value`. An ordinary entry has a `weight` of 1."""
         if key in self._young:
             self._weight -= self._young.pop(key)[1]
         else:

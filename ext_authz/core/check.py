@@ -1,7 +1,7 @@
-"""The sentence: who is calling, what do they ask for, may they have it. One immutable snapshot for each request.
+"""The whole check: who is calling, which experts they ask for, and whether they may reach them.
 
-`lookup` answers from the cache, `check` decides, `store` caches what `check` found. `snapshot` says what is cached by
-what, until when, and why that is safe.
+Each request uses one immutable snapshot. `lookup` answers from the cache, `check` decides, and `store` caches the
+result. `core.snapshot` says what each cache holds, for how long, and why that is safe.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ext_authz.core.snapshot import Asked, Fingerprint, Snapshot
 
 MAX_PATH = 1024  # characters; requests for longer paths are not cached
 
-# What an ordinary cache entry holds: a larger one weighs more.
+# The size of an ordinary cache entry, which has a weight of 1. Larger entries weigh more.
 _TOKEN = 1024  # bytes of a token
 _PATH = 128  # characters of a path
-_NAMES = 16  # experts that a decision names, asked for and chosen
+_NAMES = 16  # experts that a decision names, requested and chosen
 
 _UNREAD = Request("", "", {})
 
@@ -38,7 +38,7 @@ class Fingerprinted(Protocol):
 def check(snapshot: Snapshot, request: Request, now: float) -> Outcome | Refusal:
     """The decision on one request at `now` (seconds since the epoch), and its caller.
 
-    A Refusal is returned only when fresh keys of `Refusal.issuer` could change it; `refused` makes it an outcome.
+    Returns a Refusal only if fresh keys from `Refusal.issuer` could change the answer; `refused` makes it an outcome.
     """
     caller, new_token = _identify(snapshot, request, now)
     if isinstance(caller, Refusal):
@@ -58,7 +58,7 @@ def refused(refusal: Refusal) -> Outcome:
 
 
 def lookup(snapshot: Snapshot, request: Fingerprinted, now: float) -> Outcome | None:
-    """What `check` would return, if `store` has cached what it takes; None otherwise."""
+    """What `check` would return, if the cache has enough to answer; None otherwise."""
     cached = snapshot.requests.get(request.fingerprint)
     if cached is None or now >= cached.caller.expires:
         return None
@@ -71,10 +71,10 @@ def lookup(snapshot: Snapshot, request: Fingerprinted, now: float) -> Outcome | 
 
 
 def store(snapshot: Snapshot, fingerprint: Fingerprint, request: Request, outcome: Outcome) -> None:
-    """Cache the `outcome` of `check` on `request`, which has this fingerprint.
+    """Cache the `outcome` of `check` for `request`, which has this fingerprint.
 
-    If the body has the names, only what the headers say is cached, and the body is read each time. The first request
-    of a token is not cached: tokens that come once would evict those that come again.
+    If the body names the experts, only what the headers say is cached, and each body is read. The first request with
+    a token is not cached: tokens that are used once would evict tokens that are used again.
     """
     decision, caller, new_token = outcome
     if new_token or not _cacheable(decision) or request.repeated:
@@ -96,7 +96,7 @@ def store(snapshot: Snapshot, fingerprint: Fingerprint, request: Request, outcom
 
 
 def may_downgrade(request: Request) -> bool:
-    """Whether the client accepts a lesser expert: it does, unless it says anything but `allow`."""
+    """Whether the client accepts a downgrade: it does, unless its header has any value other than `allow`."""
     return request.headers.get(DOWNGRADE, "allow") == "allow" and DOWNGRADE not in request.repeated
 
 
@@ -106,7 +106,7 @@ def identify(snapshot: Snapshot, request: Request, now: float) -> Identity | Ref
 
 
 def _identify(snapshot: Snapshot, request: Request, now: float) -> tuple[Identity | Refusal, bool]:
-    """The caller, and whether its token was not in the cache."""
+    """The caller, and whether its token is new, that is, was not in the cache."""
     token = identity.token_of(request)
     if token is None:
         return snapshot.anonymous, False
@@ -123,7 +123,7 @@ def _identify(snapshot: Snapshot, request: Request, now: float) -> tuple[Identit
 
 
 def _decision(snapshot: Snapshot, caller: Identity, names: tuple[str, ...], downgrade: bool) -> Decision:
-    """A decision that reads nothing of the request, shared by all callers for whom it is the same."""
+    """A decision that does not depend on the request. Callers for whom it is the same share it."""
     who = caller if snapshot.personal else (caller.tier, caller.errors)
     key = (who, names, downgrade)
     decision = snapshot.decisions.get(key)
@@ -135,15 +135,15 @@ def _decision(snapshot: Snapshot, caller: Identity, names: tuple[str, ...], down
 
 
 def _unreadable(snapshot: Snapshot, caller: Identity, names: Refusal) -> Outcome:
-    """The outcome of a request whose gate could not be read."""
+    """The outcome of a request whose expert names could not be read."""
     return Outcome(refuse(names, snapshot.policy.tiers[caller.tier]), caller)
 
 
 def _cacheable(decision: Decision) -> bool:
-    """Whether caching it is of use: names that anybody can invent would fill the cache."""
+    """Whether to cache a decision: unknown names, which a caller can invent, would fill the cache."""
     return bool(decision.requested) and not decision.unknown
 
 
 def _weight(decision: Decision) -> int:
-    """The weight of a decision with everything that is made of it."""
+    """The cache weight of a decision and of everything derived from it."""
     return 1 + (len(decision.requested) + len(decision.serve)) // _NAMES

@@ -1,6 +1,6 @@
-"""A CEL condition: compiled at load, a non-match when it fails, never a grant.
+"""A CEL condition, compiled at load. A condition that fails is a non-match, never a grant.
 
-Source: the Common Expression Language (cel-spec), by the wheel `common-expression-language`.
+Source: the Common Expression Language (cel-spec), as the package `common-expression-language` implements it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import cel
 
-MAX_LENGTH = 2048  # characters; the parser's stack and its error printer are not built for more
+MAX_LENGTH = 2048  # characters; the parser's stack and its error printer are not made for more
 MAX_NESTING = 32  # brackets open at once
 
 VARIABLES = frozenset({"claims", "request"})
 
-# Operators appear in Program.functions() as `_==_` and the like; these are the named functions that evaluate.
+# Operators appear in Program.functions() as `_==_` and the like; these are the named functions that cel implements.
 FUNCTIONS = frozenset(
     (
         "size", "contains", "startsWith", "endsWith", "matches", "string", "int", "uint", "double", "bytes", "has",
@@ -42,7 +42,7 @@ class Truth(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Condition:
-    """A compiled condition. `where` is its place in the policy (`clearance[0].when`), `line` its line there."""
+    """A compiled condition. `where` is its path in the policy (`clearance[0].when`), `line` its line number."""
 
     source: str
     where: str
@@ -51,18 +51,18 @@ class Condition:
     program: cel.Program
 
     def holds(self, context: cel.Context) -> Truth:
-        """Whether the condition is true of `context`; anything but a CEL `true` or `false` is an ERROR."""
+        """Whether the condition holds in `context`. Any result other than a CEL `true` or `false` is an ERROR."""
         try:
             value = self.program.execute(context)
-        except Exception:  # noqa: BLE001 - the binding raises KeyError, TypeError, ValueError, RuntimeError: "no answer"
+        except Exception:  # noqa: BLE001 - the binding raises KeyError, TypeError, ValueError and RuntimeError
             return Truth.ERROR
         return Truth.YES if value is True else Truth.NO if value is False else Truth.ERROR
 
 
 def context(claims: Mapping[str, Any], request: Mapping[str, Any] | None = None) -> cel.Context:
-    """The variables a condition may read. Build it once and evaluate many conditions with it.
+    """The variables that a condition may read. Build it once and evaluate many conditions with it.
 
-    Values that CEL cannot hold (half a surrogate pair in a claim) leave it empty: conditions that read it are ERROR.
+    If CEL cannot hold a value (a lone surrogate in a claim), the context is empty: conditions that read it are ERROR.
     """
     variables: dict[str, Any] = {"claims": dict(claims)}
     if request is not None:
@@ -74,19 +74,19 @@ def context(claims: Mapping[str, Any], request: Mapping[str, Any] | None = None)
 
 
 def compile_condition(source: str, where: str, line: int, allowed: frozenset[str] = VARIABLES) -> Condition:
-    """Compile `source`; raise ValueError, in one line, if it does not parse or reads what is not in `allowed`."""
+    """Compile `source`. Raises a one-line ValueError if it does not parse or reads a variable not in `allowed`."""
     bare = _STRINGS.sub('""', source)
     if len(source) > MAX_LENGTH:
-        raise ValueError(f"expression of {len(source)} characters, at most {MAX_LENGTH} are read")
+        raise ValueError(f"expression of {len(source)} characters, at most {MAX_LENGTH} are allowed")
     if _nesting(bare) > MAX_NESTING:
-        raise ValueError(f"expression nested over {MAX_NESTING} brackets deep")
+        raise ValueError(f"expression nested more than {MAX_NESTING} brackets deep")
     try:
         program = cel.compile(source)
     except ValueError as e:
         raise ValueError(_first_line(str(e))) from None
     bound = frozenset(_BINDERS.findall(bare))
     if hidden := sorted(bound & VARIABLES):
-        raise ValueError(f"`{hidden[0]}` cannot name an element here: it is what a condition reads")
+        raise ValueError(f"`{hidden[0]}` cannot name an element here: it is a variable of conditions")
     reads = frozenset(program.variables()) - bound
     if unknown := sorted(reads - VARIABLES):
         raise ValueError(f"unknown variable `{unknown[0]}`; a condition reads {_names(allowed)}")
@@ -114,6 +114,6 @@ def _names(names: frozenset[str]) -> str:
 
 
 def _first_line(message: str) -> str:
-    """`Failed to parse expression 'X': ERROR: <input>:1:8: Syntax error: ...` without the expression and the art."""
+    """The error and its position in `Failed to parse expression 'X': ERROR: <input>:1:8: Syntax error: ...`."""
     found = re.search(r"<input>:\d+:(\d+): (.*)", message)
     return f"{found[2]} (at character {found[1]})" if found else message.splitlines()[0]

@@ -1,6 +1,7 @@
-"""Which members of `claims` or `request` a condition reads, where its text tells for certain.
+"""Which members of `claims` or `request` a condition reads, if its text leaves no doubt.
 
-A condition whose text leaves any doubt reads them all. Source of the syntax: cel-spec, Language Definition, Syntax.
+In case of doubt, the condition counts as reading all of them.
+Source of the syntax: cel-spec, Language Definition, Syntax.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _TOKENS = re.compile(
 class _Token:
     kind: str = ""
     text: str = ""
-    joined: bool = False  # to the token before it, without a space
+    joined: bool = False  # no space between it and the token before it
 
 
 _NOTHING = _Token()
 
 
 def members(condition: Condition, variable: str) -> Members:
-    """The members of `variable` that the condition's outcome can depend on; None if it may be any."""
+    """The members of `variable` that the condition's outcome can depend on; None if it may depend on any of them."""
     if variable not in condition.reads:
         return frozenset()
     tokens = _tokens(condition.source)
@@ -49,7 +50,7 @@ def _tokens(source: str) -> list[_Token]:
 
 
 def _doubtful(tokens: list[_Token]) -> bool:
-    """Escapes, comments, prefixed and triple-quoted strings: too rare to be worth reading."""
+    """Whether there are escapes, comments, or prefixed or triple-quoted strings: too rare to be worth parsing."""
     strings = any(
         b.kind == "string" and (a.kind == "string" or (b.joined and a.kind == "name")) for a, b in pairwise(tokens)
     )
@@ -61,14 +62,14 @@ def _at(tokens: list[_Token], index: int) -> _Token:
 
 
 def _read_at(tokens: list[_Token], index: int) -> str | None:
-    """The one member read where the variable stands: `x.NAME`, `x["NAME"]` or `"NAME" in x`; None if it is not one."""
+    """The member that the variable at `index` is read for: `x.NAME`, `x["NAME"]` or `"NAME" in x`; otherwise None."""
     before, one, two, three = (_at(tokens, index + n) for n in (-1, 1, 2, 3))
     if one.text == "." and two.kind == "name":
         return None if three.text == "(" else two.text
     if one.text == "[":
         return two.text[1:-1] if two.kind == "string" and three.text == "]" else None
     if before.text == "in" and one.text in ("", ")", "&&", "||"):
-        # Whatever binds tighter than `in` would make another name of the string.
+        # An operator that binds tighter than `in` would turn the string into another name.
         name, begins = _at(tokens, index - 2), _at(tokens, index - 3).text in ("", "(", "&&", "||")
         return name.text[1:-1] if name.kind == "string" and begins else None
     return None

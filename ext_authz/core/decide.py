@@ -1,6 +1,6 @@
-"""The decision. Pure: a function of policy, caller, experts asked for and request.
+"""The decision. Pure: a function of policy, caller, requested experts and request.
 
-Every expert in `Decision.serve` and `standby` is permitted to the caller; nothing outside this file can put one there.
+The caller may reach every expert in `Decision.serve` and `standby`. Only this file puts experts there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ext_authz.core.policy import Expert, Policy
 def decide(
     policy: Policy, caller: Identity, named: Iterable[str], request: Request, downgrade: bool = True
 ) -> Decision:
-    """Decide which of the `named` experts may serve `caller`; `downgrade` False forbids a lesser set.
+    """Decide which of the `named` experts may serve `caller`; `downgrade` False forbids serving fewer or other experts.
 
-    Total: never raises for any caller or names. Source: the decision table in docs/policy.md.
+    Never raises, whatever the caller and the names. Source: the decision table in docs/policy.md.
     """
     tier = policy.tiers[caller.tier]
     asked = tuple(dict.fromkeys(named))
@@ -33,19 +33,19 @@ def decide(
         detail = f"no such expert: {', '.join(unknown)}" if unknown else "the request names no expert"
         return Decision(Verdict.DENY, reason, unknown=unknown, detail=detail, caller_tier=tier, errors=caller.errors)
 
-    bench = _Bench(policy, caller, request)
-    serve = bench.permitted(requested)
+    access = _Access(policy, caller, request)
+    serve = access.permitted(requested)
     if not serve:
-        serve = bench.permitted(dict.fromkeys(d for n in requested for d in policy.experts[n].downgrade_to))
+        serve = access.permitted(dict.fromkeys(d for n in requested for d in policy.experts[n].downgrade_to))
     standby: tuple[str, ...] = ()
     if downgrade and len(requested) == 1 and serve == requested:
         (only,) = (policy.experts[n] for n in requested)
-        standby = bench.permitted(only.downgrade_to) if only.unavailable == "downgrade" else ()
-    struck = tuple(s for n in requested if (s := bench.strike(n)))
+        standby = access.permitted(only.downgrade_to) if only.unavailable == "downgrade" else ()
+    struck = tuple(s for n in requested if (s := access.struck(n)))
     needed = [policy.experts[s.expert].tier for s in struck if s.reason is Reason.TIER_TOO_LOW]
     common: dict[str, Any] = {
         "requested": requested, "struck": struck, "unknown": unknown, "caller_tier": tier,
-        "required_tier": policy.tiers[min(needed)] if needed else None, "errors": (*caller.errors, *bench.errors),
+        "required_tier": policy.tiers[min(needed)] if needed else None, "errors": (*caller.errors, *access.errors),
     }  # fmt: skip
     if serve == requested:
         return Decision(Verdict.ALLOW, Reason.PERMITTED, serve=serve, standby=standby, **common)
@@ -57,8 +57,8 @@ def decide(
     return Decision(Verdict.DENY, struck[0].reason, detail=_explain(policy, struck[0], tier), **common)
 
 
-class _Bench:
-    """The experts as one caller sees them, each judged at most once."""
+class _Access:
+    """One caller's access to the experts. Each expert is judged at most once."""
 
     __slots__ = ("_caller", "_policy", "_request", "_variables", "_verdicts", "errors")
 
@@ -69,9 +69,9 @@ class _Bench:
         self.errors: list[str] = []
 
     def permitted(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(n for n in names if self.strike(n) is None)
+        return tuple(n for n in names if self.struck(n) is None)
 
-    def strike(self, name: str) -> Struck | None:
+    def struck(self, name: str) -> Struck | None:
         """Why the caller may not reach `name`, or None if it may."""
         if name not in self._verdicts:
             self._verdicts[name] = self._judge(self._policy.experts[name])
@@ -92,7 +92,7 @@ class _Bench:
 
 
 def readable(request: Request) -> dict[str, Any]:
-    """What a condition may read of a request: method, path without query, headers but no token and no repeated one."""
+    """What a condition may read of a request: method, path without query, headers except tokens and repeated ones."""
     hidden = request.repeated.union(TOKEN_HEADERS)
     headers = {k: v for k, v in request.headers.items() if k not in hidden and not k.startswith(":")}
     return {"method": request.method, "path": request.path, "headers": headers}

@@ -1,4 +1,4 @@
-"""How two decisions on one request differ. Pure; shared by the replay of a log and by the shadow policy."""
+"""How two decisions on one request differ. Pure; shared by log replay and the shadow policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ext_authz.core.model import Decision, Verdict
 
 
 class Difference(StrEnum):
-    """From the verdict of one policy to that of another; EXPERTS_CHANGED: the same verdict, other candidates.
+    """The change from one policy's verdict to another's. EXPERTS_CHANGED: the same verdict, different candidates.
 
     Two denials are UNCHANGED whatever their reasons: the caller gets nothing either way.
     """
@@ -24,11 +24,11 @@ class Difference(StrEnum):
     EXPERTS_CHANGED = "experts_changed"
 
     def __str__(self) -> str:
-        """For people: `deny → allow`."""
+        """For display: `deny → allow`."""
         return self.value.replace("_to_", " → ").replace("_", " ")
 
 
-_TURNS: Mapping[tuple[Verdict, Verdict], Difference] = {
+_CHANGES: Mapping[tuple[Verdict, Verdict], Difference] = {
     (Verdict.DENY, Verdict.ALLOW): Difference.DENY_TO_ALLOW,
     (Verdict.DENY, Verdict.DOWNGRADE): Difference.DENY_TO_DOWNGRADE,
     (Verdict.DOWNGRADE, Verdict.ALLOW): Difference.DOWNGRADE_TO_ALLOW,
@@ -39,9 +39,9 @@ _TURNS: Mapping[tuple[Verdict, Verdict], Difference] = {
 
 
 def difference(old: Decision, new: Decision) -> Difference:
-    """What changes for the caller when `new` takes the place of `old`."""
+    """What changes for the caller when `new` replaces `old`."""
     if old.verdict is not new.verdict:
-        return _TURNS[old.verdict, new.verdict]
-    # The order of the candidates decides nothing: the idlest of them answers.
+        return _CHANGES[old.verdict, new.verdict]
+    # The order of the candidates does not matter: the idlest one answers.
     same = old.serve == new.serve or set(old.serve) == set(new.serve)
     return Difference.UNCHANGED if same else Difference.EXPERTS_CHANGED

@@ -1,4 +1,4 @@
-"""The gate: which experts does this request name? Pure; every malformed answer is a refusal, never the default list."""
+"""The gate: which experts does a request name? Pure. Malformed input is refused; it never means the default list."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ext_authz.core.model import Reason, Refusal, Request
 from ext_authz.core.policy import Body, DefaultOnly, GateRule, Header, Policy
 
 MAX_NAMES = 64
-MAX_NAME_LENGTH = 64  # bytes; a name is visible ASCII, so characters too
+MAX_NAME_LENGTH = 64  # bytes, and characters: a name is visible ASCII
 MAX_DEPTH = 32  # nesting of a JSON body
-_CACHED_LISTS = 1024  # headers that list names
-_SHORT = 256  # characters of a header that is cached
+_CACHED_LISTS = 1024  # header values that list names
+_SHORT = 256  # characters; longer header values are not cached
 
 _NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -27,7 +27,7 @@ Names = tuple[str, ...]
 
 
 def read(policy: Policy, request: Request) -> Names | Refusal:
-    """The names that the request asks for, in its order and de-duplicated, or why they cannot be read."""
+    """The names that the request asks for, deduplicated and in order, or why they cannot be read."""
     rule = rule_for(policy, request.path)
     if rule is None:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
@@ -51,7 +51,7 @@ def rule_for(policy: Policy, path: str) -> GateRule | None:
 
 
 def headers(policy: Policy) -> frozenset[str]:
-    """The headers that `read` may look at, and the one that leases go by."""
+    """The headers that `read` may look at, and REQUESTED_CLUSTER, which every lease depends on."""
     own = (rule.source.name for rule in policy.gate if isinstance(rule.source, Header))
     return frozenset({CONTENT_ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, *own})
 
@@ -59,7 +59,7 @@ def headers(policy: Policy) -> frozenset[str]:
 def _in_header(policy: Policy, source: Header, default: Names | None, request: Request) -> Names | Refusal:
     header = source.name
     if header in request.repeated:
-        return _bad(f"header {_shown(header)} came more than once")
+        return _bad(f"header {_shown(header)} appears more than once")
     value = request.headers.get(header)
     if value is None:
         return _default(default)
@@ -72,7 +72,7 @@ def _in_header(policy: Policy, source: Header, default: Names | None, request: R
 
 @lru_cache(_CACHED_LISTS)
 def _named(value: str) -> Names:
-    """The names that a header lists; none if they are not usable."""
+    """The names that a header lists; empty if they are not usable."""
     return _checked(_listed(value))
 
 
@@ -81,19 +81,19 @@ def _listed(value: str) -> list[str]:
 
 
 def _unreadable(request: Request) -> Refusal | None:
-    """Why its headers say that the body cannot be read, if they do."""
+    """Why the body cannot be read, according to the headers; None if it can."""
     encoding = request.headers.get(CONTENT_ENCODING, "identity")
     if CONTENT_ENCODING in request.repeated or encoding.strip().lower() != "identity":
         return _bad("the body is compressed")
     if request.headers.get(PARTIAL_BODY) == "true" or PARTIAL_BODY in request.repeated:
         return _bad("the body is incomplete")
     if CONTENT_TYPE in request.repeated or not _utf8(request.headers.get(CONTENT_TYPE, "")):
-        return _bad("the body is declared to be in another charset than UTF-8")
+        return _bad("the body is declared to be in a charset other than UTF-8")
     return None
 
 
 def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal:
-    """The names in a body whose headers say nothing against it."""
+    """The names in `body`, whose headers have already been checked."""
     pointer = source.pointer
     if not body:
         return _default(default)
@@ -105,7 +105,7 @@ def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal
     if found is _ABSENT:
         return _default(default)
     if found is _AMBIGUOUS:
-        return _bad(f"{_member(pointer)} is there in another spelling")
+        return _bad(f"{_member(pointer)} appears with different capitalization")
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or not set(map(type, found)) <= {str}:
@@ -114,9 +114,10 @@ def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal
 
 
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
-    """RFC 6901 evaluation; _ABSENT if the member or element is not there, None (a wrong type) if it could not be.
+    """RFC 6901 evaluation: _ABSENT if the member or element is absent, None (a wrong type) if it cannot exist.
 
-    _AMBIGUOUS if there is a member that differs in case only: Go's encoding/json, among others, takes it for the same.
+    _AMBIGUOUS if there is a member whose name differs only in case: some parsers, such as Go's encoding/json, treat
+    the two as the same.
     """
     for token in pointer:
         if isinstance(value, dict):
@@ -138,23 +139,23 @@ def _same_letters(a: str, b: str) -> bool:
 
 
 def _utf8(content_type: str) -> bool:
-    """Whether the content type names no charset but UTF-8: a reader that goes by another sees another text."""
+    """Whether the content type names no charset but UTF-8: with another, a reader would see different text."""
     return all((rest.strip(), name.lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
 
 
 def _checked(names: list[str]) -> Names:
-    """The names without repetition; none if they are none, too many or ill-formed."""
+    """The names, deduplicated; empty if there are none, too many, or malformed ones."""
     if len(names) > MAX_NAMES or not all(map(_NAME.fullmatch, names)):
         return ()
     return tuple(dict.fromkeys(names))
 
 
 def _unusable(names: list[str], where: str) -> Refusal:
-    """Why `_checked` gives none."""
+    """Why `_checked` returns no names."""
     if not names:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, f"{where} names no expert")
     if len(names) > MAX_NAMES:
-        return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are read")
+        return _bad(f"{where} names {len(names)} experts, at most {MAX_NAMES} are allowed")
     return _bad(f"{where} holds a name that is not 1 to {MAX_NAME_LENGTH} visible ASCII characters")
 
 

@@ -1,7 +1,7 @@
 """Every header that SRP reads or writes, and who may set it. Code, Lua and tests take the names from here.
 
-The Lua filters get what they need injected (`wire.lease_filter`); envoy.yaml, which nobody generates, is held against
-this file by a test. docs and README explain the headers to people.
+`wire.lease_filter` passes the names on to the lease filter. envoy.yaml and least_request.lua are written by hand; tests
+check them against this file. The docs and README explain the headers to people.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DOWNGRADE = "x-srp-downgrade"
 TOKEN_HEADERS = (AUTHORIZATION, ACCESS_TOKEN)
 
 # Set by Envoy, for ext_authz.
-REQUESTED_CLUSTER = "x-requested-cluster"  # a client's own `x-target-cluster`, moved here before any filter runs
+REQUESTED_CLUSTER = "x-requested-cluster"  # the client's `x-target-cluster`, moved here before any filter runs
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 CONTENT_ENCODING = "content-encoding"
 CONTENT_TYPE = "content-type"
@@ -33,14 +33,14 @@ MAX_RETRIES = "x-envoy-max-retries"
 RETRY_ON = "x-envoy-retry-on"
 TO_EXPERT = (TARGET_CLUSTER, SUBJECT, TIER, DECISION_ID, TIMEOUT, MAX_RETRIES, RETRY_ON)
 
-# Set by Envoy, for the client: the expert that really answered, and how many attempts it took.
+# Set by Envoy, for the client: the expert that actually answered, and the number of attempts.
 EXPERT = "x-srp-expert"
 ATTEMPTS = "x-srp-attempts"
 
-# What every decision may read besides the path and the gate's own header. A lease's key holds all of them.
+# What every decision may read besides the path and the gate's own header. A lease's key contains all of them.
 READ_BY_EVERY_DECISION = (*TOKEN_HEADERS, REQUESTED_CLUSTER, DOWNGRADE)
 
-# Envoy does not send these, and `x-b3-*`, to ext_authz: they differ from request to request and say nothing of it.
+# Envoy does not send these or `x-b3-*` to ext_authz: they differ between requests and do not affect decisions.
 NOT_SENT = (
     "content-length", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-amzn-trace-id",
     "x-cloud-trace-context",
@@ -48,7 +48,7 @@ NOT_SENT = (
 
 
 class Answer(NamedTuple):
-    """What is stated of one decision. `policy` is the digest of the policy that made it."""
+    """One decision, as it is reported. `policy` is the digest of the policy that made it."""
 
     decision: Decision
     decision_id: str
@@ -56,8 +56,8 @@ class Answer(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One fact that SRP states of each decision: as dynamic metadata `name` for the access log, and as `header` to the
-    client (None: the client is not told). An empty text is left out of the headers."""
+    """One fact that SRP reports about each decision: to the access log as dynamic metadata `name`, and to the client as
+    `header` (None: not sent). Empty texts are left out of the headers."""
 
     name: str
     header: str | None
@@ -75,17 +75,17 @@ FIELDS = (
     Field("caller_tier", None, lambda a: a.decision.caller_tier or ""),
 )
 
-# What an expert on standby changes if it answers: Envoy knows, ext_authz does not.
+# What changes if an expert on standby answers. Only Envoy knows whether one did.
 DEPENDS_ON_WHO_ANSWERS = frozenset({"x-srp-decision", "x-srp-reason"})
 
 
 def removed(forward_token: bool) -> tuple[str, ...]:
-    """The client's headers that no expert gets."""
+    """The client's headers that are not forwarded to experts."""
     return (REQUESTED_CLUSTER, DOWNGRADE, *(() if forward_token else TOKEN_HEADERS))
 
 
 def client_headers(answer: Answer) -> dict[str, str]:
-    """The headers that tell the client of a decision."""
+    """The headers that report a decision to the client."""
     texts = ((field.header, field.text(answer)) for field in FIELDS)
     return {header: text for header, text in texts if header is not None and text}
 

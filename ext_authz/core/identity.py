@@ -1,6 +1,7 @@
-"""Who is calling? A request's token to a verified Identity, or a refusal. Pure; `now` is in seconds since the epoch.
+"""Who is calling? From a request's token to a verified Identity, or a refusal. Pure.
 
-The rules of form are stricter than the RFCs (docs/tokens.md lists them); PyJWT does the cryptography after them.
+`now` is in seconds since the epoch. The rules of form are stricter than the RFCs (docs/tokens.md lists them). Once they
+are met, PyJWT does the cryptography.
 Sources: RFC 7515 (JWS), RFC 7519 (JWT), RFC 8725 (JWT best current practices), RFC 6750 (Bearer).
 """
 
@@ -26,7 +27,7 @@ MAX_TOKEN = 16 * 1024  # bytes
 MAX_SUBJECT = 1024  # bytes
 MAX_DEPTH = 16
 _MAX_TIME = 2**53
-_NUMBERS = (int, float)  # but not bool, which is an int too
+_NUMBERS = (int, float)  # not bool, although a bool is an int
 _CACHED_HEADERS = 128
 
 Keys = Mapping[str, tuple[Key, ...]]
@@ -36,13 +37,13 @@ _TYPES = frozenset({"jwt", "at+jwt"})
 _FORBIDDEN_HEADERS = frozenset({"crit", "b64", "zip"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _ALGORITHMS = get_default_algorithms()
-_STANDARD = bytes.maketrans(b"-_+/=", b"+/***")  # what base64url has not becomes what no base64 has
-# By the length of a part modulo 4: its padding, and the last characters that leave no bit unused (RFC 4648 §3.5).
+_STANDARD = bytes.maketrans(b"-_+/=", b"+/***")  # what base64url lacks becomes `*`, which base64 lacks too
+# By the length of a part modulo 4: its padding, and the last characters that set no unused bit (RFC 4648 §3.5).
 _ENDS = ((b"", bytes(range(128))), (b"===", b""), (b"==", b"AQgw"), (b"=", b"AEIMQUYcgkosw048"))
 
 
 def token_of(request: Request) -> str | Refusal | None:
-    """The one token of the request: None if it has none, a refusal if it has several or they are ill-formed."""
+    """The request's token: None if it has none, a refusal if it has several or a malformed one."""
     value, bare = request.headers.get(_AUTHORIZATION), request.headers.get(_BARE)
     if value is None and bare is None:
         return None
@@ -60,7 +61,7 @@ def token_of(request: Request) -> str | Refusal | None:
 
 
 def anonymous(policy: Policy) -> Identity | Refusal:
-    """The caller without a token: the policy's anonymous tier, or 401."""
+    """The identity of a caller without a token: the policy's anonymous tier, or a refusal (401)."""
     if policy.anonymous is None:
         return Refusal(Reason.TOKEN_REQUIRED, "a token is required")
     return Identity(policy.anonymous)
@@ -81,7 +82,7 @@ def verify(policy: Policy, keys: Keys, token: str, now: float) -> Identity | Ref
     try:
         key = _key(known, header)
         if key is None:
-            return Refusal(Reason.INVALID_TOKEN, "no key of the issuer fits the token", issuer.issuer)
+            return Refusal(Reason.INVALID_TOKEN, "no key of the issuer matches the token", issuer.issuer)
         if not _genuine(key, header.alg, signed, signature):
             raise _BadToken("the token's signature is not valid")
         expires = _claims(policy, issuer, claims, now)
@@ -92,18 +93,18 @@ def verify(policy: Policy, keys: Keys, token: str, now: float) -> Identity | Ref
 
 
 class _BadToken(Exception):
-    """Unwinds to `verify`, which turns it into a Refusal. Its text never holds any of the token."""
+    """Unwinds to `verify`, which turns it into a Refusal. Its text never contains any of the token."""
 
 
 class _Header(NamedTuple):
-    """What a token's header says, once it breaks no rule. `kid` None: it names no key."""
+    """A token's header, once it has been checked. `kid` None: it names no key."""
 
     alg: str
     kid: str | None
 
 
 class _Parsed(NamedTuple):
-    """The parts of a token; `signed` is the text that `signature` is over (RFC 7515 §5.2)."""
+    """The parts of a token; `signed` is the text that `signature` covers (RFC 7515 §5.2)."""
 
     header: _Header
     claims: Claims
@@ -128,7 +129,7 @@ def _parse(token: str) -> _Parsed:
 
 @lru_cache(_CACHED_HEADERS)
 def _header(part: bytes) -> _Header:
-    """An issuer's tokens share a few headers. (What raises is not remembered.)
+    """Cached, because an issuer's tokens share a few headers. (Exceptions are not cached.)
 
     `jwk`, `jku`, `x5u` and `x5c` are never read.
     """
@@ -146,7 +147,7 @@ def _header(part: bytes) -> _Header:
 
 
 def _base64url(part: bytes) -> bytes:
-    """RFC 7515 §2 without padding; a text that another encoder would not have written is refused."""
+    """Decode base64url without padding (RFC 7515 §2). Texts that no encoder would write are refused."""
     padding, last = _ENDS[len(part) % 4]
     try:
         data = binascii.a2b_base64(part.translate(_STANDARD) + padding, strict_mode=True)
@@ -178,7 +179,7 @@ def _issuer(policy: Policy, claims: Claims) -> Issuer:
 
 
 def _key(known: tuple[Key, ...], header: _Header) -> Key | None:
-    """The key the token names; without a `kid` the one key that fits, if only one does."""
+    """The key that the token names; without a `kid`, the key that fits, if exactly one does."""
     alg, kid = header
     if kid is not None:
         for key in known:
@@ -190,7 +191,7 @@ def _key(known: tuple[Key, ...], header: _Header) -> Key | None:
 
 
 def _genuine(key: Key, alg: str, signed: bytes, signature: bytes) -> bool:
-    """Whether `key` made the signature. (PyJWS.decode would parse the whole token once more.)"""
+    """Whether `key` made the signature. (PyJWS.decode would parse the whole token again.)"""
     try:
         return _ALGORITHMS[alg].verify(signed, key.material, signature) is True
     except (jwt.PyJWTError, ValueError, TypeError):
@@ -198,7 +199,7 @@ def _genuine(key: Key, alg: str, signed: bytes, signature: bytes) -> bool:
 
 
 def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float:
-    """Check the registered claims (RFC 7519 §4.1); return when the token ends, leeway included."""
+    """Check the registered claims (RFC 7519 §4.1); return when the token expires, leeway included."""
     aud = claims.get("aud")
     if not isinstance(aud, str) and not (isinstance(aud, list) and all(isinstance(a, str) for a in aud)):
         raise _BadToken("the token has no usable audience")

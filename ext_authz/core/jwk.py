@@ -1,8 +1,8 @@
-"""JSON Web Key Sets and shared secrets, read into keys that can only verify what they are meant for. Pure.
+"""JSON Web Key Sets and shared secrets, parsed into keys that can only verify what they are meant for. Pure.
 
-A set is taken whole or refused whole. Keys for other uses are passed over; a key that claims our use and is broken or
-weak, or any private key, refuses the set: half a set would turn the mistake of an issuer into refused callers with no
-cause in sight. (RFC 7517 §5 would pass over broken keys too.)
+A set is accepted or refused as a whole. Keys for other uses are skipped. A broken or weak signature key, or any private
+key, makes the set invalid: half a set would turn an issuer's mistake into refused callers with no visible cause.
+(RFC 7517 §5 would skip broken keys too.)
 Source: RFC 7517 (JWK), RFC 7518 §6 (RSA and EC members), RFC 8037 §2 (OKP), and docs/tokens.md for what is stricter.
 """
 
@@ -28,7 +28,7 @@ MAX_KEYS = 100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Key:
-    """A key that verifies. `algorithms` are the JWS algorithms it may be used with, never empty.
+    """A verification key. `algorithms` are the JWS algorithms it may be used with, never empty.
 
     `material` is what PyJWS.decode takes as its key: a public key of `cryptography`, or the bytes of a secret.
     """
@@ -40,7 +40,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How one key type and curve is read: the algorithms it can verify, its public members, and PyJWT's reader."""
+    """How to read one key type and curve: the algorithms it can verify, its public members, and PyJWT's reader."""
 
     algorithms: frozenset[str]
     members: tuple[str, ...]
@@ -69,10 +69,10 @@ _RSA_EXPONENTS = range(3, 2**32, 2)
 
 
 def parse_jwks(data: bytes) -> tuple[Key, ...]:
-    """The usable signature keys of a JWK Set, in its order, at least one.
+    """The usable signature keys of a JWK Set, in order, at least one.
 
-    ValueError if the set is refused; the message is one line and names the key by its position and `kid`, and never
-    holds a byte of any key.
+    ValueError if the set is refused. The message is one line, names the key by its position and `kid`, and never
+    contains a byte of any key.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"holds over {MAX_BYTES} bytes")
@@ -101,10 +101,10 @@ def parse_jwks(data: bytes) -> tuple[Key, ...]:
 
 
 def secret_key(data: bytes) -> Key:
-    """The key that a secret file holds, less one newline at its end; HS256 from 32 bytes, HS384 from 48, HS512 from 64.
+    """The key in a secret file, without one trailing newline; HS256 needs 32 bytes, HS384 48, HS512 64.
 
-    ValueError for a shorter one, and for what looks like a key of another kind: a public key taken for a secret
-    would let anyone who knows it sign.
+    ValueError for a shorter one, and for what looks like another kind of key: if a public key were taken for a secret,
+    anyone who knows it could sign.
     """
     secret = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
     algorithms = frozenset(name for size, name in _HMAC if len(secret) >= size)
@@ -118,7 +118,7 @@ def secret_key(data: bytes) -> Key:
 
 
 def key_text(key: Key) -> str:
-    """A key that has been read, as ASCII text for another process of ours. It holds what verifies, secrets too."""
+    """A parsed key, as ASCII text for another process of ours. The text contains the key material, secrets too."""
     secret = isinstance(key.material, bytes)
     form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
     material = b64encode(key.material) if secret else key.material.public_bytes(*form)
@@ -137,7 +137,7 @@ def key_of_text(text: str) -> Key:
 
 
 def _key(entry: Any) -> Key | None:
-    """The key of one entry, or None if it is not ours to use."""
+    """The key of one entry; None if it is for another use."""
     if not isinstance(entry, dict):
         raise ValueError("is not an object")
     kty, kid, alg = _text(entry, "kty"), _text(entry, "kid"), _text(entry, "alg")
@@ -157,7 +157,7 @@ def _key(entry: Any) -> Key | None:
     if kind is _RSA:
         _check_rsa(int.from_bytes(octets["n"]), int.from_bytes(octets["e"]))
     try:
-        # Only what has been checked is handed on.
+        # Pass on only the members that have been checked.
         material = kind.read({name: entry[name] for name in ("kty", "crv", *kind.members) if name in entry})
     except (PyJWTError, ValueError, UnsupportedAlgorithm):
         raise ValueError(f"is not a valid {kty} public key") from None
@@ -165,7 +165,7 @@ def _key(entry: Any) -> Key | None:
 
 
 def _for_signatures(entry: Mapping[str, Any]) -> bool:
-    """Whether `use` and `key_ops` let the key verify (RFC 7517 §4.2, §4.3)."""
+    """Whether `use` and `key_ops` allow the key to verify (RFC 7517 §4.2, §4.3)."""
     if _text(entry, "use") not in (None, "sig"):
         return False
     if "key_ops" not in entry:
@@ -194,7 +194,7 @@ def _text(entry: Mapping[str, Any], name: str) -> str | None:
 
 
 def _octets(entry: Mapping[str, Any], name: str) -> bytes:
-    """A member's bytes; base64url without padding or other characters (RFC 7515 §2), which PyJWT would let pass."""
+    """A member's bytes, from base64url without padding or other characters (RFC 7515 §2): PyJWT would accept them."""
     text = _text(entry, name)
     if not text or re.fullmatch("[A-Za-z0-9_-]+", text) is None or len(text) % 4 == 1:
         raise ValueError(f"{name} is not base64url")

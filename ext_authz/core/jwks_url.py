@@ -1,4 +1,4 @@
-"""Which URLs keys may be fetched from. Judged here alone: what `srp check` accepts, the key store fetches. Pure."""
+"""Which URLs keys may be fetched from. The only such check: the key store fetches what `srp check` accepts. Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _AUTHORITY_END = re.compile(r"[/?#]")
 
 
 def jwks_url(text: str) -> URL:
-    """The URL: https, or http to this host's loopback. ValueError says what is wrong, and never repeats a password."""
+    """The URL: https, or http to this host's loopback. ValueError says what is wrong, without repeating a password."""
     if "@" in _AUTHORITY_END.split(text.partition("//")[2], maxsplit=1)[0]:
-        raise ValueError("a user or password in a URL is not supported")  # said first: other mistakes quote the URL
+        raise ValueError("a user or password in a URL is not supported")  # checked first: other messages quote the URL
     if _CHARACTERS.fullmatch(text) is None:
-        raise ValueError("expected a URL of the characters of RFC 3986")
+        raise ValueError("expected only characters that RFC 3986 allows in a URL")
     try:
         url = URL(text)
         port = url.port
     except ValueError:
-        raise ValueError("expected a URL that can be read") from None
+        raise ValueError("expected a valid URL") from None
     if not url.host or url.fragment or url.user is not None or port == 0:
         raise ValueError("expected a URL with a host and without a fragment")
     if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.host)):
@@ -30,7 +30,7 @@ def jwks_url(text: str) -> URL:
 
 
 def shown(text: str) -> str:
-    """The URL for people: without user or query, which may hold a secret."""
+    """The URL for display: without user and query, which may contain a secret."""
     try:
         return str(URL(text).with_user(None).with_query(None).with_fragment(None))
     except ValueError:

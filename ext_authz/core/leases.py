@@ -1,9 +1,9 @@
 """Leases: which decisions Envoy may repeat without asking again, and for how long. Pure.
 
-A lease rests on three things. The filter finds it by the exact text of everything that its decision read, so whatever
-a decision reads beyond the lease's key forbids one. The decision must hold until the lease ends, so it ends with the
-caller's token. And everything else that a decision depends on, the policy and the keys, is the epoch: the filter takes
-only leases of its own epoch, and the next epoch brings a new filter, which starts empty.
+A lease is safe for three reasons. Its key is the exact text of everything that the decision read; a decision that
+reads more than the key can hold gets no lease. It ends when the caller's token ends, or earlier. And everything else
+that a decision depends on, the policy and the keys, is the epoch: the filter accepts only leases of its own epoch, and
+the next epoch brings a new filter, which starts empty.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ext_authz.core.headers import READ_BY_EVERY_DECISION
 from ext_authz.core.model import Decision, Outcome, Request
 from ext_authz.core.policy import Body, DefaultOnly, Expert, GateRule, Header, Policy
 
-ENTRIES = 4096  # leases in one generation of the table of one of Envoy's worker threads
+ENTRIES = 4096  # leases per generation of the table in each of Envoy's worker threads
 
 _READ = frozenset(READ_BY_EVERY_DECISION)
 
 
 def grant(policy: Policy, outcome: Outcome, request: Request, now: float) -> float | None:
-    """Until when, in seconds since the epoch, Envoy may repeat the `outcome` of `now`; None if it may not.
+    """Until when Envoy may repeat `outcome`, decided at `now` (both in seconds since the epoch); None if it may not.
 
-    Whether the key is too long is for the filter to judge.
+    The filter itself ignores requests whose key is too long.
     """
     decision, caller, _ = outcome
-    if not decision.serve or decision.standby:  # who answers may change what the client is told
+    if not decision.serve or decision.standby:  # the client's headers depend on who answers
         return None
     rule = rule_for(policy, request.path)
     if rule is None or not leasable(rule):
@@ -38,7 +38,7 @@ def grant(policy: Policy, outcome: Outcome, request: Request, now: float) -> flo
 
 
 def possible(policy: Policy) -> bool:
-    """Whether there is a request whose decision may be leased."""
+    """Whether any request's decision may get a lease."""
     lasting = any(lease_of(policy, e) for e in policy.experts.values())
     return lasting and any(map(leasable, policy.gate))
 
@@ -55,7 +55,7 @@ def leasable(rule: GateRule) -> bool:
 
 
 def lease_of(policy: Policy, expert: Expert) -> float:
-    """For how many seconds Envoy may repeat a decision about `expert`; 0: not at all."""
+    """How many seconds Envoy may repeat a decision about `expert`; 0: not at all."""
     return policy.lease if expert.lease is None else expert.lease
 
 

@@ -1,6 +1,6 @@
 """The values that pass between the rooms: frozen, slotted, free of I/O.
 
-Everything a decision reads or says is one of these. Nothing here imports another room.
+Everything that a decision reads or reports is one of these. Nothing here imports another room.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Claims = Mapping[str, Any]
 class Verdict(StrEnum):
     """What the caller gets."""
 
-    __hash__ = str.__hash__  # Enum's own is a Python function, and both are counted by at each request
+    __hash__ = str.__hash__  # Enum's own is a Python function, and every request is counted by both enums
 
     ALLOW = "allow"
     DOWNGRADE = "downgrade"
@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why. The wire code of each reason is its value; `STATUS` gives its HTTP status when it denies."""
+    """Why. A reason's value is its code on the wire; `STATUS` has the HTTP status of a denial."""
 
     __hash__ = str.__hash__
 
@@ -59,8 +59,8 @@ STATUS: Mapping[Reason, int] = {
 class Request(NamedTuple):
     """One HTTP request as Envoy saw it. `path` has no query; header names are lower case, values latin-1 text.
 
-    `repeated` names the headers that came more than once: `headers` holds the first of them only, and no
-    room may trust it. (A tuple, for it is made at each request: a frozen dataclass takes four times as long.)
+    `repeated` names the headers that appear more than once: `headers` has only the first value, which no room may
+    trust. (A tuple, because every request creates one: a frozen dataclass takes four times as long.)
     """
 
     method: str
@@ -75,7 +75,7 @@ class Identity:
     """A verified caller. `expires` is in seconds since the epoch, leeway included; `tier` indexes `Policy.tiers`.
 
     `errors` names the clearance rules that could not be evaluated (each counted as no match).
-    Compared by identity: the cache of verified tokens holds one for each token.
+    Compared by identity: the cache of verified tokens has one for each token.
     """
 
     tier: int
@@ -92,9 +92,9 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a room would not go on. `detail` is for the caller: never a token, never a claim's value.
+    """Why a request is refused. `detail` is for the caller: never a token, never a claim's value.
 
-    `issuer` is set when fresh keys of that issuer could change the answer: the shell may fetch them and ask again.
+    `issuer` is set if fresh keys from that issuer could change the answer: the server may fetch them and ask again.
     """
 
     reason: Reason
@@ -104,7 +104,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """An expert taken out of the list: `reason` says why, `rule` which line of the policy said so."""
+    """An expert removed from the list: `reason` says why, `rule` is the path of the policy rule that removed it."""
 
     expert: str
     reason: Reason
@@ -115,11 +115,11 @@ class Struck:
 class Decision:
     """The outcome for one request. `serve` is empty exactly when `verdict` is DENY.
 
-    `requested` are the known experts asked for, `unknown` the names dropped; `required_tier` is the lowest tier
-    among the requested experts struck out for their tier, None when none was. `standby` are permitted experts that may
-    serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows of.
-    Nothing in it belongs to one caller, so one decision may serve many. Compared by identity: what is derived from a
-    decision is cached by the object.
+    `requested` are the known experts asked for, `unknown` the names that no expert has. `required_tier` is the lowest
+    tier among the requested experts struck for their tier, None if none was. `standby` are permitted experts that may
+    serve only when `serve` cannot: that answer is a downgrade, which only Envoy knows about.
+    Nothing in it is specific to one caller, so many may share it. Compared by identity: what is derived from a decision
+    is cached by the object.
     """
 
     verdict: Verdict
@@ -140,7 +140,7 @@ class Decision:
         return 200 if self.serve else STATUS[self.reason]
 
 
-UNVERIFIED = Identity(0)  # the caller of a decision that was made without verifying one
+UNVERIFIED = Identity(0)  # the caller of a decision that was made without a verified caller
 
 
 class Outcome(NamedTuple):

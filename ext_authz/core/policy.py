@@ -58,7 +58,7 @@ class Traffic:
 class Expert:
     """One expert. `tier` indexes `Policy.tiers`; `line` is where the policy defines it; `lease` as in `Policy`.
 
-    `unavailable` is `downgrade` if those it is downgraded to may also serve when it is down or full, else `refuse`.
+    With `unavailable` `downgrade`, the experts in `downgrade_to` may also serve when it is down or full.
     """
 
     name: str
@@ -145,14 +145,14 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """Tokens that are refused though they verify. `issued_before` is in seconds since the epoch."""
+    """Tokens that are refused although they verify. `issued_before` is in seconds since the epoch."""
 
     jti: frozenset[str] = frozenset()
     sub: frozenset[str] = frozenset()
     issued_before: float | None = None
 
     def covers(self, claims: Claims) -> bool:
-        """Whether a token with these claims is revoked. One that does not tell when it was issued came too early."""
+        """Whether a token with these claims is revoked. One without a time of issue counts as issued too early."""
         jti, sub, iat = claims.get("jti"), claims.get("sub"), claims.get("iat")
         if (isinstance(jti, str) and jti in self.jti) or (isinstance(sub, str) and sub in self.sub):
             return True
@@ -161,12 +161,12 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The whole policy, compiled and immutable. `digest` names its text; `anonymous` None: a token is required.
+    """The whole policy, compiled and immutable. `digest` identifies its text; `anonymous` None: a token is required.
 
-    `leeway` is in seconds. `forward_token` lets the caller's token pass on to the experts. `lease` is for how many
-    seconds Envoy may repeat a decision, 0: not at all; an expert's own goes before it.
-    `claims_read` are the claims that some condition may read; None: any. `tiers_cached` holds the outcome of
-    `clearance` by the text of those claims; both follow from the policy alone, so an entry never goes stale.
+    `leeway` is in seconds. `forward_token` passes the caller's token on to the experts. `lease` is how many seconds
+    Envoy may repeat a decision, 0: not at all; an expert's own `lease` overrides it.
+    `claims_read` are the claims that conditions may read; None: any. `tiers_cached` caches the result of `clearance` by
+    the text of those claims. The result depends on nothing else but the policy, so an entry never goes stale.
     """
 
     tiers: tuple[str, ...]

@@ -1,20 +1,20 @@
-"""One epoch: a policy, the keys its tokens are verified with, and the caches of what was derived from the two.
+"""One epoch: a policy, the keys that verify its tokens, and caches of what was derived from the two.
 
-Everything that a decision depends on, but for the request and the time, is in its snapshot. A new policy or key set
+Everything that a decision depends on, except the request and the time, is in its snapshot. A new policy or key set
 makes a new snapshot with empty caches, so no cached value outlives what it was derived from. The caches:
 
-| cache       | key                                      | value                 | valid until            |
-|-------------|------------------------------------------|-----------------------|------------------------|
-| `tokens`    | BLAKE2b digest of the whole token        | the verified Identity | the token expires      |
-| `decisions` | caller (or its tier), names, downgrade   | the Decision          | the snapshot ends      |
-| `requests`  | path and digest of all headers, as sent  | the Outcome, or what  | the caller's token     |
-|             |                                          | the headers say if    | expires                |
-|             |                                          | the body has the names|                        |
+| cache       | key                                      | value                  | valid until            |
+|-------------|------------------------------------------|------------------------|------------------------|
+| `tokens`    | BLAKE2b digest of the whole token        | the verified Identity  | the token expires      |
+| `decisions` | caller (or its tier), names, downgrade   | the Decision           | the snapshot ends      |
+| `requests`  | path and digest of all headers, as sent  | the Outcome, or what   | the caller's token     |
+|             |                                          | the headers say if the | expires                |
+|             |                                          | body names the experts |                        |
 
-Why that is safe: a failure is never cached, so a bad token is verified each time; a digest covers every byte that the
-cached value was derived from (256 bits of BLAKE2b, so nobody finds two inputs with one key); a decision is cached
-without its caller only where no condition can read claims, and not at all where one reads the request; and time, the
-only other input, is compared with `Identity.expires` on every use. `core.check` is the only user.
+Why that is safe: failures are never cached, so a bad token is verified each time; a digest covers every byte that the
+cached value was derived from (with 256 bits of BLAKE2b, collisions cannot be found); a decision is cached without its
+caller only if no condition can read claims, and not at all if one reads the request; and time, the only other input, is
+compared with `Identity.expires` on every use. Only `core.check` uses the caches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Fingerprint = tuple[str, bytes]  # path without query, digest of the headers' ex
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the path and the headers of a request say when its body, which `source` reads, names the experts."""
+    """What the path and headers of a request say if its body, which `source` reads, names the experts."""
 
     caller: Identity
     source: Body
@@ -54,7 +54,7 @@ Requests = Cache[Fingerprint, Outcome | Asked]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One epoch, immutable but for its caches, which are bounded.
+    """One epoch, immutable except for its caches, which are bounded.
 
     `reads` are the headers that a decision may read (None: any); `personal`: whether it may read the caller's claims.
     """
@@ -77,14 +77,14 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
-    """How much each epoch may cache, in ordinary entries, and how the caches were used through all epochs."""
+    """How much each epoch may cache, in ordinary entries, and usage counts of the caches across all epochs."""
 
     tokens: int = CACHED_TOKENS
     decisions: int = CACHED_DECISIONS
     counts: Mapping[str, CacheCounts] = field(default_factory=lambda: {name: CacheCounts() for name in CACHES})
 
     def snapshot(self, policy: Policy, keys: Keys, epoch: int) -> Snapshot:
-        """A new epoch's, with empty caches."""
+        """A new epoch, with empty caches."""
         tokens: Tokens = Cache(self.tokens, self.counts["tokens"])
         decisions: Decisions = Cache(self.decisions, self.counts["decisions"])
         requests: Requests = Cache(self.decisions, self.counts["requests"])

@@ -1,6 +1,6 @@
-"""JSON that cannot mean two things: UTF-8, no duplicate names, no NaN or Infinity, bounded nesting.
+"""JSON that has only one meaning: UTF-8, no duplicate names, no NaN or Infinity, bounded nesting.
 
-Source: RFC 8259, with the stricter reading of RFC 7493 (I-JSON) §2.3 on duplicate names.
+Source: RFC 8259, with the stricter rule of RFC 7493 (I-JSON) §2.3 on duplicate names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _OTHER = object()
 
 
 def loads(data: bytes, max_depth: int = 16) -> Any:
-    """The value of a JSON text; ValueError, in one line and without the text itself, if it is not strict JSON."""
-    # Few brackets cannot nest deep: the exact walk is for the texts that could.
+    """The value of a JSON text; a one-line ValueError, without the text itself, if it is not strict JSON."""
+    # Few brackets cannot nest deep: only texts with many need the exact walk.
     deep = data.count(b"[") + data.count(b"{") > max_depth
     if not deep and b'": ' not in data and (value := _as_written(data)) is not _OTHER:
         return value
@@ -31,18 +31,18 @@ def loads(data: bytes, max_depth: int = 16) -> Any:
     try:
         value = _value(text)
     except RecursionError:
-        raise ValueError(f"is nested over {max_depth} deep") from None
+        raise ValueError(f"is nested more than {max_depth} deep") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"is not JSON: {e.msg} at character {e.pos}") from None
     if deep and _deeper(value, max_depth):
-        raise ValueError(f"is nested over {max_depth} deep")
+        raise ValueError(f"is nested more than {max_depth} deep")
     return value
 
 
 def _as_written(data: bytes) -> Any:
-    """The value of a text just as orjson writes it, _OTHER for any other.
+    """The value of a text that is exactly what orjson would write; _OTHER for any other.
 
-    No writer writes a name twice, NaN, or a number that it would not read back as it is: the bytes' equality is the
+    orjson writes no duplicate names, no NaN, and no number that it would read back differently, so equal bytes are
     proof. Most tokens are such texts, and this takes a quarter of the time. (A text with `": "` in it hardly ever is.)
     """
     try:
@@ -53,8 +53,8 @@ def _as_written(data: bytes) -> Any:
 
 
 def _value(text: str) -> Any:
-    """`_DECODER.decode`, by a shorter way if there is no white space around the value."""
-    with suppress(StopIteration):  # no value begins here
+    """`_DECODER.decode`, with a shortcut for a value without white space around it."""
+    with suppress(StopIteration):  # no value starts here
         value, end = _DECODER.scan_once(text, 0)
         if end == len(text):
             return value
@@ -81,7 +81,7 @@ def _integer(text: str) -> int:
 def _real(text: str) -> float:
     value = float(text)
     if isinf(value):
-        raise ValueError("holds a number too large")
+        raise ValueError("holds a number that is too large")
     return value
 
 

@@ -1,1 +1,1 @@
-"""What is counted, logged and reported of decisions."""
+"""Counts, logs and reports of decisions."""

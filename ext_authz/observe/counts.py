@@ -1,4 +1,4 @@
-"""What a process has counted, as a value: to be told to another process, and added up over several."""
+"""The counts of a process as a value, to be sent to another process and added up over several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_LATENCY = (0,) * (len(BUCKETS) + 1)
 
 @dataclass(frozen=True, slots=True)
 class CacheUsage:
-    """One cache: its entries now, and how it was used through all epochs."""
+    """One cache: its current entries, and its use across all epochs."""
 
     entries: int = 0
     hits: int = 0
@@ -38,15 +38,15 @@ class Counts:
 
     def __post_init__(self) -> None:
         if len(self.latency) != len(_NO_LATENCY):
-            raise ValueError("has other buckets")
+            raise ValueError("the latency buckets differ")
 
     @property
     def checks(self) -> int:
-        """Decisions, errors among them."""
+        """Decisions, including errors."""
         return sum(self.latency)
 
     def tally(self) -> Tally:
-        """The counts as a server keeps them."""
+        """The counts as a Tally."""
         tally = Tally(self.latency, self.latency_sum)
         tally.decisions.update({(verdict, reason): n for verdict, reason, n in self.decisions})
         tally.experts.update(self.experts)
@@ -74,7 +74,7 @@ def counted(tally: Tally, sizes: CacheSizes, snapshot: Snapshot) -> Counts:
 
 
 def add_up(counts: Iterable[Counts]) -> Counts:
-    """The sum of all."""
+    """The sum of all `counts`."""
     decisions: Counter[tuple[str, str]] = Counter()
     experts: Counter[str] = Counter()
     condition_errors: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def add_up(counts: Iterable[Counts]) -> Counts:
         latency = [a + b for a, b in zip(latency, one.latency, strict=True)]
         latency_sum += one.latency_sum
         for name, use in one.caches.items():
-            caches[name] = _both(caches[name], use)
+            caches[name] = _sum(caches[name], use)
     return Counts(
         tuple((verdict, reason, n) for (verdict, reason), n in sorted(decisions.items())),
         experts, condition_errors, rpc_errors, leases, tuple(latency), latency_sum, caches,
@@ -98,10 +98,10 @@ def add_up(counts: Iterable[Counts]) -> Counts:
 
 
 def ended(counts: Counts) -> Counts:
-    """The counts of a process that is gone, and its caches with it."""
+    """The counts of a process that has ended: its caches have no entries any more."""
     caches = {name: CacheUsage(0, use.hits, use.misses, use.evictions) for name, use in counts.caches.items()}
     return dataclasses.replace(counts, caches=caches)
 
 
-def _both(a: CacheUsage, b: CacheUsage) -> CacheUsage:
+def _sum(a: CacheUsage, b: CacheUsage) -> CacheUsage:
     return CacheUsage(a.entries + b.entries, a.hits + b.hits, a.misses + b.misses, a.evictions + b.evictions)

@@ -1,7 +1,7 @@
-"""The decision log: JSON lines in a file that is turned over by size. Adding a line costs the event loop no I/O.
+"""The decision log: JSON lines in a file that is rotated by size. Adding a line does no I/O on the event loop.
 
-A thread gathers lines and writes them. What it cannot keep up with, and what the disk does not take, is lost and
-counted: a decision never waits for its record.
+A thread collects the lines and writes them. A decision never waits for its record: lines that the thread cannot keep
+up with, or cannot write, are lost and counted.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of lines that wait for the disk
-WRITE_SIZE = 256 * 1024  # bytes that go to the disk at once
-WRITE_INTERVAL = 0.05  # seconds of lines that one write takes
-CLOSE_TIMEOUT = 5.0  # seconds that the last lines get
+WRITE_SIZE = 256 * 1024  # bytes per write, at most
+WRITE_INTERVAL = 0.05  # seconds that lines collect before they are written
+CLOSE_TIMEOUT = 5.0  # seconds to write the last lines
 MODE = 0o600
 
 log = logging.getLogger("srp.decision_log")
 
 
 class DecisionLog:
-    """Appends to `path`; before it grows over `max_bytes` it becomes `path.1`, that `path.2`, up to `path.keep`.
+    """Appends to `path`. Before a file exceeds `max_bytes`, it becomes `path.1`, `path.1` becomes `path.2`, and so on.
 
-    Counts of lines: `written`, `dropped` (too many waited), `failed` (the disk did not take them).
+    It keeps `keep` old files. Counts of lines: `written`, `dropped` (too many pending), `failed` (could not be
+    written).
     """
 
     def __init__(self, path: Path, max_bytes: int, keep: int) -> None:
@@ -37,83 +38,83 @@ class DecisionLog:
         self._file = -1
         self._size = 0
         self._failing = False
-        # One thread appends and one takes: each owns one of the two sums, so neither needs a lock.
+        # One thread adds lines and one takes them. Each owns one of the two byte counts, so they need no lock.
         self._lines: deque[bytes] = deque()
         self._added = self._taken = 0
-        self._something = threading.Event()
+        self._pending = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Lines so far, by what became of them."""
+        """Lines so far, by outcome."""
         return {"written": self.written, "dropped": self.dropped, "failed": self.failed}
 
     def start(self) -> None:
-        """Open the file and begin; OSError if it cannot be had."""
+        """Open the file and start the thread. OSError if the file cannot be opened."""
         self._open()
         self._thread.start()
 
     def add(self, line: bytes) -> None:
-        """Have `line` written soon, or drop it if too much waits already."""
+        """Queue `line` to be written, or drop it if over MAX_PENDING bytes would be pending."""
         if self._added - self._taken + len(line) > MAX_PENDING:
             self.dropped += 1
             return
         self._lines.append(line)
         self._added += len(line)
-        if not self._something.is_set():
-            self._something.set()
+        if not self._pending.is_set():
+            self._pending.set()
 
     def close(self) -> None:
-        """Write what waits and end; what the disk has not taken within CLOSE_TIMEOUT seconds is lost."""
+        """Write the pending lines and stop. Lines not written within CLOSE_TIMEOUT seconds are lost."""
         self._closing.set()
-        self._something.set()
+        self._pending.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._something.wait()
+            self._pending.wait()
             self._closing.wait(WRITE_INTERVAL)
-            self._something.clear()
+            self._pending.clear()
             self._write_all()
         self._write_all()
-        self._shut()
+        self._close_file()
 
     def _write_all(self) -> None:
-        """Write all that waits, in pieces that fit into what is left of the file."""
+        """Write all pending lines, in chunks that fit into the rest of the file."""
         while self._lines:
-            piece: list[bytes] = []
+            chunk: list[bytes] = []
             room = min(WRITE_SIZE, self._max_bytes - self._size)
-            while self._lines and (not piece or len(self._lines[0]) <= room):
-                piece.append(self._lines.popleft())
-                room -= len(piece[-1])
-            self._write(piece)
+            while self._lines and (not chunk or len(self._lines[0]) <= room):
+                chunk.append(self._lines.popleft())
+                room -= len(chunk[-1])
+            self._write(chunk)
 
-    def _write(self, piece: list[bytes]) -> None:
-        data = b"".join(piece)
+    def _write(self, chunk: list[bytes]) -> None:
+        data = b"".join(chunk)
         try:
-            if self._file < 0 or self._moved():
-                self._shut()
+            if self._file < 0 or self._replaced():
+                self._close_file()
                 self._open()
             if self._size and self._size + len(data) > self._max_bytes:
-                self._turn_over()
+                self._rotate()
             self._append(data)
         except OSError as e:
-            self.failed += len(piece)
+            self.failed += len(chunk)
             if not self._failing:
-                log.error("%s: %s; decisions go on and their records are lost", self._path, e.strerror or e)
+                log.error("%s: %s; decisions continue, their records are lost", self._path, e.strerror or e)
             self._failing = True
         else:
-            self.written += len(piece)
+            self.written += len(chunk)
             if self._failing:
-                log.warning("%s: written again; %d records were lost", self._path, self.failed)
+                log.warning("%s: writing works again; %d records were lost", self._path, self.failed)
             self._failing = False
         finally:
             self._taken += len(data)
 
     def _append(self, data: bytes) -> None:
-        """All of `data` or none of it: half a line would spoil the next one."""
+        """Append all of `data` or none of it: a partial line would corrupt the next one."""
         rest = memoryview(data)
         try:
             while rest:
@@ -121,7 +122,7 @@ class DecisionLog:
         except OSError:
             with suppress(OSError):
                 os.ftruncate(self._file, self._size)
-            self._shut()
+            self._close_file()
             raise
         self._size += len(data)
 
@@ -129,32 +130,32 @@ class DecisionLog:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         file = os.open(self._path, flags, MODE)
         try:
-            found = os.fstat(file)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(f"{self._path} is not a regular file")
             os.fchmod(file, MODE)
-            size = found.st_size
-            if size and os.pread(file, 1, size - 1) != b"\n":  # whoever wrote last was killed at it
+            size = status.st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":  # the last writer was killed within a line
                 size += os.write(file, b"\n")
         except OSError:
             os.close(file)
             raise
         self._file, self._size = file, size
 
-    def _shut(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
 
-    def _moved(self) -> bool:
-        """Whether somebody took the file away from under its name."""
+    def _replaced(self) -> bool:
+        """Whether another process has moved, removed or replaced the file."""
         try:
             return not os.path.samestat(self._path.stat(), os.fstat(self._file))
         except FileNotFoundError:
             return True
 
-    def _turn_over(self) -> None:
-        self._shut()
+    def _rotate(self) -> None:
+        self._close_file()
         for number in range(self._keep, 0, -1):
             older = self._numbered(number - 1) if number > 1 else self._path
             with suppress(FileNotFoundError):

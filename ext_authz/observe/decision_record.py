@@ -1,7 +1,7 @@
-"""One line of the decision log: written of a decision, read back for a replay. The format: docs/changing-policy.md.
+"""One line of the decision log: written for a decision, read back for a replay. Format: docs/changing-policy.md.
 
-A record holds what a replay needs and no more: nothing of the token, no header, no query, no body, and of the claims
-only those that the policy lists in `log_claims`.
+A record contains what a replay needs and no more: no token, header, query or body, and only those claims that the
+policy lists in `log_claims`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ext_authz.core.model import Decision, Identity, Reason, Request, Verdict
 from ext_authz.core.policy import Policy
 from ext_authz.core.snapshot import Snapshot
 
-MAX_DEPTH = 24  # nesting; a token's claims are not nested deeper, with room for what holds them
-MAX_PATH = 2048  # characters; no gate rule is longer than half of it
+MAX_DEPTH = 24  # levels of nesting; more than those of a token's claims within a record
+MAX_PATH = 2048  # characters; at least twice as long as any gate rule's path
 CACHED_CALLERS = 4096
 _MAX_TIME = 1e11
 
@@ -36,11 +36,11 @@ _json = json.JSONEncoder(separators=(",", ":")).encode
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A decision as the log tells it. `time` is in seconds since the epoch.
+    """A decision as logged. `time` is in seconds since the epoch.
 
-    `requested` is None if no names were read: the caller or the gate value was refused first. `claims` are those of
-    `log_claims` that the token has, `absent` those that it lacks; of any other claim nothing is known. `claims` None:
-    nothing is known of any. `path` None: it was too long to keep.
+    `requested` is None if no names were read because the caller or the gate value was rejected first. `claims` are
+    those of `log_claims` that the token has, `absent` those that it lacks; other claims are unknown. If `claims` is
+    None, all claims are unknown. If `path` is None, it was too long to log.
     """
 
     time: float
@@ -60,7 +60,7 @@ class Record:
 
     @classmethod
     def read(cls, line: bytes) -> Record:
-        """The record on `line`; ValueError if it is none."""
+        """The record on `line`. ValueError if it is not a record."""
         try:
             data = strict_json.loads(line, MAX_DEPTH)
             requested = data["requested"]
@@ -82,15 +82,15 @@ class Record:
             )
         except (KeyError, TypeError, ValueError):
             raise ValueError("not a decision record") from None
-        if not record._whole():
+        if not record._valid():
             raise ValueError("not a decision record")
         return record
 
     def knows(self, claim: str) -> bool:
-        """Whether it tells if the caller has `claim`, and what it says. An anonymous caller has none."""
+        """Whether the record shows if the caller has `claim`, and its value. An anonymous caller has no claims."""
         return self.anonymous or (self.claims is not None and (claim in self.claims or claim in self.absent))
 
-    def _whole(self) -> bool:
+    def _valid(self) -> bool:
         return (
             type(self.time) in (int, float)
             and 0 <= self.time < _MAX_TIME
@@ -108,8 +108,8 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-class Scribe:
-    """Decisions to lines. What it writes of a decision or of a caller is kept for the next time."""
+class RecordWriter:
+    """Turns decisions into lines. Caches the parts that depend only on the decision or only on the caller."""
 
     __slots__ = ("_callers", "_decisions")
 
@@ -126,27 +126,27 @@ class Scribe:
         now: float,
         shadow: Difference | None = None,
     ) -> bytes:
-        """The record of one decision, with its line break. `now` is the time it was made at."""
+        """The record of one decision made at `now`, with its line break."""
         decided = self._decisions.get(decision)
         if decided is None:
             decided = self._decisions[decision] = _decided(decision)
         caller = self._caller(snapshot, request, decision, now)
         path = _text(request.path) if len(request.path) <= MAX_PATH else "null"
-        told = f',"shadow":"{shadow.value}"' if shadow is not None else ""
+        compared = f',"shadow":"{shadow.value}"' if shadow is not None else ""
         downgrade = "true" if may_downgrade(request) else "false"
         text = (
             f'{{"time":{now:.6f},"decision_id":"{decision_id}","policy":{_text(snapshot.policy.digest)},{decided},{caller},'
-            f'"downgrade":{downgrade},"method":{_text(request.method)},"path":{path}{told}}}\n'
+            f'"downgrade":{downgrade},"method":{_text(request.method)},"path":{path}{compared}}}\n'
         )
         return text.encode()
 
     def _caller(self, snapshot: Snapshot, request: Request, decision: Decision, now: float) -> str:
-        # A token that was refused is never verified a second time: that would double what an attacker's token costs.
+        # A rejected token is never verified a second time: that would double the cost of an attacker's tokens.
         caller = None if decision.reason in _UNVERIFIED else identify(snapshot, request, now)
         if not isinstance(caller, Identity):
             anonymous = "true" if decision.reason is Reason.TOKEN_REQUIRED else "false"
             return f'"anonymous":{anonymous},"claims":null,"absent":[]'
-        text = self._callers.get(caller)  # a caller is one snapshot's, and so is what the policy logs of it
+        text = self._callers.get(caller)  # safe across policies: each snapshot has its own Identity objects
         if text is None:
             text = self._callers[caller] = _described(caller, snapshot.policy)
         return text
@@ -169,7 +169,7 @@ def _described(caller: Identity, policy: Policy) -> str:
     if caller.anonymous:
         return '"anonymous":true,"claims":{},"absent":[]'
     if _READABLE.holds(context(claims_read(policy, caller.claims))) is Truth.ERROR:
-        # No condition could read any of these claims, which a replay with a part of them would not show.
+        # No condition could read these claims. A replay with only some of them would not reproduce that.
         return '"anonymous":false,"claims":null,"absent":[]'
     claims = {name: caller.claims[name] for name in policy.log_claims if name in caller.claims}
     absent = [name for name in policy.log_claims if name not in caller.claims]

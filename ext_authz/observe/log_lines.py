@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line, on standard error."""
+"""The server's log: one JSON object per line on standard error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a record, on one line whatever the record holds. `worker` is the number of a worker's process."""
+    """Formats each record as one line of JSON, whatever it contains. `worker` is the worker's number, if any."""
 
     def __init__(self, worker: int | None = None) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class JsonLines(logging.Formatter):
 
 
 def start(level: str, worker: int | None = None) -> None:
-    """Log from `level` (debug, info, warning, error) on."""
+    """Log at `level` (debug, info, warning, error) and above."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change in the folder
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs every change in the folder

@@ -1,4 +1,4 @@
-"""What is counted. Plain integers on the request's path; Prometheus text is made of them when it is asked for."""
+"""Metrics: plain integers on the request path, turned into Prometheus text on demand."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ext_authz.core.model import Decision
 
 BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)  # seconds
 _NONE = (0,) * (len(BUCKETS) + 1)
-_TOGETHER = 256  # decisions that are counted at a time, which costs a third of one by one
+_BATCH = 256  # decisions counted at a time, which costs a third of counting them one by one
 
 
 class Tally:
-    """The counts of one server. Label sets are bounded: verdicts and reasons are enums, experts are the policy's."""
+    """The counts of one server. Label sets are bounded: verdicts and reasons are enums, experts are in the policy."""
 
     __slots__ = (
         "_decisions",
@@ -43,7 +43,7 @@ class Tally:
     def decided(self, decision: Decision, seconds: float) -> None:
         """Count one decision that took `seconds`."""
         self._new.append((decision, seconds))
-        if len(self._new) >= _TOGETHER:
+        if len(self._new) >= _BATCH:
             self._count()
 
     @property
@@ -54,19 +54,19 @@ class Tally:
 
     @property
     def experts(self) -> Counter[str]:
-        """Decisions by the experts that they offered."""
+        """Decisions by each expert that they offered."""
         self._count()
         return self._experts
 
     @property
     def latency(self) -> list[int]:
-        """Decisions by `BUCKETS`, one more for what took longer."""
+        """Decisions by bucket of `BUCKETS`, plus one bucket for slower ones."""
         self._count()
         return self._latency
 
     @property
     def latency_sum(self) -> float:
-        """Seconds that all decisions took together."""
+        """Total seconds of all decisions."""
         self._count()
         return self._latency_sum
 
@@ -93,30 +93,30 @@ class Tally:
         yield experts
         errors = CounterMetricFamily(
             "srp_condition_errors",
-            "Decisions for which a condition could not be evaluated: a non-match.",
+            "Decisions for which a condition could not be evaluated and counted as a non-match.",
             labels=["condition"],
         )
         for condition, n in sorted(self.condition_errors.items()):
             errors.add_metric([condition], n)
         yield errors
-        yield CounterMetricFamily("srp_leases", "Decisions that Envoy may repeat for a while.", value=self.leases)
+        yield CounterMetricFamily("srp_leases", "Decisions granted to Envoy as leases.", value=self.leases)
         yield CounterMetricFamily("srp_rpc_errors", "Checks denied by an unexpected error.", value=self.rpc_errors)
         total, buckets = 0, []
         for bound, n in zip((*map(str, BUCKETS), "+Inf"), self.latency, strict=True):
             total += n
             buckets.append((bound, total))
         yield HistogramMetricFamily(
-            "srp_check_seconds", "Time to decide, in seconds.", buckets=buckets, sum_value=self.latency_sum
+            "srp_check_seconds", "Time per check, in seconds.", buckets=buckets, sum_value=self.latency_sum
         )
 
 
 def gauge(name: str, text: str, value: float) -> Metric:
-    """A gauge of one value."""
+    """A gauge with one value."""
     return GaugeMetricFamily(name, text, value=value)
 
 
 class Families(Collector):
-    """A Prometheus collector over whatever `sources` yield when asked."""
+    """A Prometheus collector of the metric families that `sources` yield on each scrape."""
 
     def __init__(self, *sources: Iterable[Metric] | object) -> None:
         self._sources = sources
@@ -127,7 +127,7 @@ class Families(Collector):
 
 
 def registry(*sources: object) -> CollectorRegistry:
-    """A registry of its own (nothing global) over callables that yield metric families."""
-    made = CollectorRegistry(auto_describe=False)
-    made.register(Families(*sources))
-    return made
+    """A separate registry, not the global one, for callables that yield metric families."""
+    collectors = CollectorRegistry(auto_describe=False)
+    collectors.register(Families(*sources))
+    return collectors

@@ -1,4 +1,4 @@
-"""The HTTP side door, on loopback by default: /healthz, /metrics, /status."""
+"""The HTTP status listener, on loopback by default: /healthz, /metrics, /status."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 Report = Callable[[], dict[str, Any]]
-Fresh = Callable[[], Awaitable[None]]
+Refresh = Callable[[], Awaitable[None]]
 
 
 class StatusListener:
-    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port` (port 0 picks one, see `port`).
+    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port` (with port 0, `port` has the real one).
 
-    Before each it waits for `fresh`.
+    It awaits `refresh()` before each of the two.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, report: Report, fresh: Fresh) -> None:
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, report: Report, refresh: Refresh) -> None:
         self._host, self.port = host, port
-        self._registry, self._report, self._fresh = registry, report, fresh
+        self._registry, self._report, self._refresh = registry, report, refresh
         app = web.Application(client_max_size=1024)
         app.add_routes(
             [
@@ -32,7 +32,7 @@ class StatusListener:
         self._runner = web.AppRunner(app, access_log=None)
 
     async def start(self) -> None:
-        """Listen; OSError if the address cannot be had."""
+        """Listen. OSError if it cannot listen on the address."""
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self.port, reuse_address=True)
         await site.start()
@@ -45,9 +45,9 @@ class StatusListener:
         return web.json_response({"status": "ok"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        await self._fresh()
+        await self._refresh()
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _status(self, _: web.Request) -> web.Response:
-        await self._fresh()
+        await self._refresh()
         return web.json_response(self._report())

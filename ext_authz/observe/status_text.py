@@ -1,4 +1,4 @@
-"""`srp status`: what a running server says of itself, for people."""
+"""`srp status`: the report of a running server, as text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TIMEOUT = 5.0  # seconds
 
 
 def fetch(address: str) -> dict[str, Any]:
-    """The report at `http://address/status`; OSError, in one line, if it cannot be had."""
+    """The report at `http://address/status`. A one-line OSError if it cannot be read."""
     url = f"http://{address}/status"
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
@@ -26,18 +26,18 @@ def fetch(address: str) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report in a few lines; whatever is wrong starts with `!`."""
+    """The report in a few lines. Lines about problems start with `!`."""
     policy, envoy = report["policy"], report["envoy"]
     rows = [
         f"srp {report['version']}, up {_age(report['uptime_seconds'])}",
         f"policy    {policy['digest']}, in force for {_age(policy['age_seconds'])}, "
-        f"{policy['reloads']} reloads, {policy['failures']} refused",
+        f"{policy['reloads']} reloads, {policy['failures']} rejected",
         f"envoy     {envoy['connected']} connected, clusters {envoy['acknowledged'] or 'not acknowledged yet'}",
     ]
     if not envoy["connected"]:
         rows.append("! no envoy is connected")
     if envoy["last_error"]:
-        rows.append(f"! envoy refused: {envoy['last_error']}")
+        rows.append(f"! envoy rejected: {envoy['last_error']}")
     if policy["error"]:
         rows += [f"! {line}" for line in policy["error"].splitlines()]
     rows += [f"! {warning}" for warning in policy["warnings"]]

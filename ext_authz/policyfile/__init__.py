@@ -1,1 +1,1 @@
-"""Policy text to `core.policy.Policy`, or every mistake of it with line and column."""
+"""From policy text to `core.policy.Policy`, or to all its mistakes with line and column."""

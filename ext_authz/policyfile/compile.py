@@ -1,5 +1,6 @@
-"""The compiler: a file of valid form to a Policy. It resolves what refers to something else, compiles the conditions,
-and reports what refers to nothing or contradicts the rest of the file.
+"""The compiler: from a file of valid form to a Policy.
+
+It resolves references, compiles the conditions, and reports what refers to nothing or contradicts the rest of the file.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ MAX_SECRET = 4096  # bytes
 _TRAFFIC_KEYS = frozenset(f.name for f in fields(Traffic))
 _DEFAULT_TRAFFIC = Traffic()
 
-# What stands in for a mapping that has mistakes of its own, so that the rest of the file can be checked around it.
-# Its own validators must let it pass.
+# Placeholders for mappings with mistakes, so that the rest of the file can be checked. Their own validators must accept
+# them.
 HOLES: dict[str, Any] = {
     "issuers": schema.Issuer.model_construct({"jwks"}, algorithms=[]),
     "clearance": schema.ClearanceRule.model_construct(),
@@ -55,7 +56,7 @@ _NEVER_SENT = re.compile(
 
 
 class Compiler:
-    """Compiles the parts of a file that have no mistake of form, and adds to `mistakes` those of meaning."""
+    """Compiles the parts of a file that are well formed, and adds mistakes of meaning to `mistakes`."""
 
     def __init__(
         self, file: schema.File, broken: frozenset[str], source: Source, mistakes: Mistakes, base: Path, key_files: bool
@@ -116,11 +117,11 @@ class Compiler:
     def _cluster(self, path: Place, name: str, entry: schema.Expert, owners: dict[str, str]) -> str:
         cluster = entry.cluster or name.lower().replace("_", "-")
         if not entry.cluster and not values.is_cluster(cluster):
-            self._add(path, f"required key is missing: the name {quoted(name)} makes no cluster name")
+            self._add(path, f"required key is missing: the name {quoted(name)} cannot become a cluster name")
         elif cluster in owners:
-            self._add(path, f"cluster {quoted(cluster)} is already that of expert {quoted(owners[cluster])}")
+            self._add(path, f"cluster {quoted(cluster)} already belongs to expert {quoted(owners[cluster])}")
         elif cluster != name and cluster in self._file.experts:
-            self._add(path, f"cluster {quoted(cluster)} has the name of another expert")
+            self._add(path, f"cluster {quoted(cluster)} is the name of another expert")
         owners.setdefault(cluster, name)
         return cluster
 
@@ -194,7 +195,7 @@ class Compiler:
         )
 
     def _keys(self, path: Place, name: str, algorithms: frozenset[str]) -> None:
-        """Whether the file holds a key for each algorithm of a secret, for any of a JWKS."""
+        """Check that a secret fits every algorithm, or that a JWKS has a key for at least one."""
         if not self._key_files:
             return
         file = self._base / name
@@ -247,7 +248,7 @@ class Compiler:
             seen.add(item)
 
     def _whole(self, section: str) -> Iterator[tuple[Any, Any]]:
-        """The entries of a section that have no mistake of their own, each with its key or index."""
+        """The entries of a section that are well formed, each with its key or index."""
         items = getattr(self._file, section)
         entries = items.items() if isinstance(items, dict) else enumerate(items)
         return ((key, entry) for key, entry in entries if entry is not HOLES[section])

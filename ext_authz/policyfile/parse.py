@@ -1,4 +1,4 @@
-"""Policy text to Policy: read, validate, compile. All mistakes at once: a file with any mistake gives no policy at all.
+"""From policy text to Policy: read, validate, compile. Reports all mistakes at once; a file with one gives no policy.
 
 Source of the format: docs/policy.md.
 """
@@ -28,10 +28,10 @@ def load_policy(path: Path) -> Policy:
 def parse_policy(
     text: str | bytes, name: str = "policy.yaml", base: Path = Path(), *, key_files: bool = True
 ) -> Policy:
-    """The policy that `text` defines; PolicyError, with every mistake that can be found, if it defines none.
+    """The policy that `text` defines; PolicyError, with every mistake that can be found, if there are any.
 
-    `name` is the file's name in messages. Paths in the policy are relative to `base`. With `key_files` False the files
-    with keys are not read.
+    `name` is the file's name in messages. Paths in the policy are relative to `base`. With `key_files` False, key files
+    are not read.
     """
     mistakes = Mistakes(name)
     read = source.read(text, mistakes)
@@ -42,7 +42,7 @@ def parse_policy(
 
 
 def _validated(read: Source, mistakes: Mistakes) -> tuple[schema.File, frozenset[str]]:
-    """The file's form, with holes where it has mistakes, and the top-level keys that had to be left out."""
+    """The validated file, with placeholders for mistakes, and the top-level keys that had to be left out."""
     try:
         return schema.File.model_validate(read.data), frozenset()
     except ValidationError as e:

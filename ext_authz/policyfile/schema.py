@@ -1,6 +1,6 @@
-"""The shape of a policy file: keys, types and limits. What refers to something else is checked by `compile`.
+"""The shape of a policy file: keys, types and limits. `compile` checks references.
 
-Every limit bounds what a hostile file can make of memory. The docstrings are the descriptions that editors show.
+Every limit bounds the memory that a hostile file can use. The docstrings are the descriptions that editors show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_REVOKED = 100_000
 
 def _tier(name: str) -> str:
     if name == "deny":
-        raise ValueError("which stands for no tier, expected another name")
+        raise ValueError("which is reserved, expected another name")
     return name
 
 
@@ -62,7 +62,7 @@ def _seconds(default: float) -> Any:
 
 
 def _all_defaults(form: Any) -> Any:
-    """A mapping that may be left out, and then has the defaults of all its keys."""
+    """An optional mapping. If it is left out, all its keys have their defaults."""
     return Field(default=form, json_schema_extra={"default": {}})
 
 
@@ -71,12 +71,12 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 def _optional() -> Any:
-    """A key without a default: the empty text, which no such key accepts, means that it is not there."""
+    """An optional key without a default. The empty text, which no such key accepts, means that it is absent."""
     return Field(default="", json_schema_extra=_without_default)
 
 
 def _list(least: int, most: int) -> Any:
-    """The limits of a list without repetitions; the compiler looks for those, to point at the second of the two."""
+    """The limits of a list without duplicates. The compiler finds those, so that it can point at the second one."""
 
     def refine(schema: dict[str, Any]) -> None:
         schema["uniqueItems"] = True
@@ -92,7 +92,7 @@ _OUTLIER = policy.Outlier()
 
 
 class Form(BaseModel):
-    """A mapping of the file. No other keys, no conversions."""
+    """A mapping in the file. No unknown keys, no conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -113,9 +113,9 @@ class Outlier(Form):
     """Passive ejection of an endpoint that fails."""
 
     consecutive_5xx: Annotated[int, Field(ge=1, le=1000)] = _OUTLIER.consecutive_5xx
-    """Failures in a row until the endpoint is taken out."""
+    """Failures in a row until the endpoint is ejected."""
     base_ejection: Annotated[float, span(0.1, 3600)] = _seconds(_OUTLIER.base_ejection)
-    """How long it stays out the first time."""
+    """How long the first ejection lasts."""
 
 
 class Expert(Form):
@@ -130,23 +130,23 @@ class Expert(Form):
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     """Its capacity relative to the others."""
     downgrade_to: Annotated[list[ExpertName], _list(0, MAX_NAMES)] = []
-    """Who may serve instead when none of the requested experts may. None of them of a higher tier."""
+    """The experts that may serve when none of the requested ones may. None may have a higher tier."""
     unavailable: Literal["refuse", "downgrade"] = "refuse"
-    """`downgrade`: those may also serve a request for this expert alone when it is down or full."""
+    """`downgrade`: those in `downgrade_to` may also serve a request for this expert alone when it is down or full."""
     allow: Cel = _optional()
     """A CEL condition on `claims` and `request` that must hold as well."""
     max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_requests
     """Requests in flight at once."""
     max_pending: Annotated[int, Field(ge=1, le=1_000_000)] = _TRAFFIC.max_pending
-    """Requests that wait for a connection."""
+    """Requests waiting for a connection."""
     timeout: Annotated[float, span(0, 86400)] = _seconds(_TRAFFIC.timeout)
-    """For the whole response; 0: none."""
+    """Limit for the whole response; 0: none."""
     connect_timeout: Annotated[float, span(0.001, 60)] = _seconds(_TRAFFIC.connect_timeout)
-    """For a connection."""
+    """Limit for opening a connection."""
     retries: Annotated[int, Field(ge=0, le=10)] = _TRAFFIC.retries
-    """Further attempts."""
+    """Attempts after the first one."""
     retry_on: Literal["safe", "5xx"] = _TRAFFIC.retry_on
-    """`safe`: only what has not reached an expert; `5xx`: also what it answered with 5xx."""
+    """`safe`: only requests that have not reached an expert; `5xx`: also those that it answered with 5xx."""
     health: Annotated[
         Health | None, BeforeValidator(_mapping_or_false, json_schema_input_type=Health | Literal[False])
     ] = _all_defaults(Health())
@@ -156,9 +156,9 @@ class Expert(Form):
     ] = _all_defaults(Outlier())
     """Passive ejection, or `false`."""
     slow_start: Annotated[float, span(0, 3600)] = _seconds(_TRAFFIC.slow_start)
-    """How long a new endpoint's share of the traffic grows; 0: full at once."""
+    """How long a new endpoint takes to reach its full share of the traffic; 0: it has it at once."""
     lease: Annotated[float | None, span(0, 3600)] = Field(default=None, json_schema_extra=_without_default)
-    """How long Envoy may repeat a decision that names it; 0: not at all. Default: the policy's."""
+    """How long Envoy may repeat a decision that names it; 0: not at all. Default: the policy's `lease`."""
 
 
 class ClearanceRule(Form):
@@ -170,7 +170,7 @@ class ClearanceRule(Form):
 
 
 class GateRule(Form):
-    """Where the requests to a path name their experts."""
+    """Where requests to a path name their experts."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -181,15 +181,15 @@ class GateRule(Form):
     )
 
     path: RoutePath = _optional()
-    """The one path that the rule is for."""
+    """The exact path that the rule covers."""
     prefix: RoutePath = _optional()
-    """What the paths that the rule is for start with."""
+    """The start of the paths that the rule covers."""
     pointer: Annotated[JsonPointer, Field(alias="json")] = _optional()
     """A JSON pointer (RFC 6901) to a name or a list of names in the body."""
     header: HeaderName = _optional()
-    """The header with the names, comma-separated. `x-target-cluster` takes clusters, too."""
+    """The header with the names, comma-separated. `x-target-cluster` may also name clusters."""
     default: Annotated[list[ExpertName], _list(1, MAX_NAMES)] = []
-    """Who is asked when the request names nobody."""
+    """The experts asked for if the request names none."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -218,9 +218,9 @@ class Jwks(Form):
     refresh: Annotated[float, span(10, 86400)] = _seconds(policy.JwksSource().refresh)
     """How often to fetch them."""
     ca_file: Text = _optional()
-    """The CA that the URL's host must be certified by."""
+    """The file with the CA certificates that the URL's host is verified with."""
     bearer_token_file: Text = _optional()
-    """The token to fetch them with."""
+    """The file with the bearer token for fetching them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -241,7 +241,7 @@ class Issuer(Form):
     audiences: Annotated[list[Text], _list(1, 64)]
     """A token must be for one of these."""
     algorithms: Annotated[list[Algorithm], _list(1, 13)]
-    """What its tokens may be signed with."""
+    """The algorithms that its tokens may be signed with."""
     jwks: Annotated[Jwks | None, BeforeValidator(_mapping, json_schema_input_type=Jwks)] = Field(
         default=None, json_schema_extra=_without_default
     )
@@ -259,7 +259,7 @@ class Issuer(Form):
 
 
 class Revoked(Form):
-    """Tokens that are refused though they verify."""
+    """Tokens that are refused although they verify."""
 
     jti: Annotated[list[Text], Field(max_length=MAX_REVOKED)] = []
     """Their ids."""
@@ -279,7 +279,7 @@ class File(Form):
     anonymous: TierName = "deny"
     """The tier of callers without a token, or `deny`."""
     clearance: Annotated[list[ClearanceRule], Field(max_length=MAX_CLEARANCE)] = []
-    """The tier of callers with a token: the first rule that holds, else the lowest tier."""
+    """The tier of callers with a token: the first rule that holds, otherwise the lowest tier."""
     experts: Annotated[
         dict[ExpertName, Expert],
         Field(min_length=1, max_length=MAX_EXPERTS, json_schema_extra={"additionalProperties": False}),
@@ -290,9 +290,9 @@ class File(Form):
     leeway: Annotated[float, span(0, 300)] = _seconds(policy.LEEWAY)
     """How far the issuers' clocks may be off."""
     forward_token: bool = False
-    """Whether experts get the caller's token."""
+    """Whether experts receive the caller's token."""
     log_claims: Annotated[list[Text], _list(0, 32)] = []
-    """Claims that the audit trail shows."""
+    """Claims to include in the audit trail."""
     lease: Annotated[float, span(0, 3600)] = _seconds(policy.LEASE)
     """How long Envoy may repeat a decision without asking again; 0: not at all."""
 
@@ -316,7 +316,7 @@ def keys_at(path: tuple[int | str, ...]) -> list[str]:
 
 
 def explain(error: ErrorDetails, found: str) -> str:
-    """The message for a validation error at a value that reads `found` in the file."""
+    """The message for a validation error at a value that the file shows as `found`."""
     limits = error.get("ctx", {})
     match error["type"]:
         case "missing":
@@ -343,7 +343,7 @@ def explain(error: ErrorDetails, found: str) -> str:
             return f"found {found}, expected at most {limits['le']}"
         case "literal_error":
             expected = str(limits["expected"]).replace("'", "`")
-            unsigned = ", which is no signature" if str(error["input"]).lower() == "none" else ""
+            unsigned = ", which is not a signature" if str(error["input"]).lower() == "none" else ""
             return f"found {found}{unsigned}, expected {expected}"
         case kind:
             return f"found {found}, expected {_KINDS[kind]}"

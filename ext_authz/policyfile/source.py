@@ -1,8 +1,8 @@
-"""Policy text to plain data, with the place of every value, and the mistakes that point there.
+"""From policy text to plain data, with the place of every value, and mistakes that point there.
 
-What two readers of YAML could take differently is a mistake: anchors, aliases, tags, merge keys, duplicate keys, keys
-that are not text, directives, further documents, odd line breaks. Hostile text is refused in bounded time and memory.
-Source: YAML 1.1 as libyaml reads it, by its events, which still tell a written tag from an implied one.
+Anything that two YAML parsers could read differently is a mistake: anchors, aliases, tags, merge keys, duplicate keys,
+keys that are not text, directives, further documents, odd line breaks. Hostile text is refused in bounded time and
+memory. Source: YAML 1.1 as libyaml reads it, from its events, which still distinguish explicit tags from implied ones.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import yaml
 MAX_BYTES = 8 * 1024 * 1024
 MAX_VALUES = 500_000  # mappings, lists, keys and scalars together
 MAX_DEPTH = 16  # mappings and lists inside each other
-MAX_MISTAKES = 100  # listed before the rest is left unread
+MAX_MISTAKES = 100  # listed; then reading stops
 
 Place = tuple[str | int, ...]  # of a value in the file
 Position = tuple[int, int]  # line and column, from 1
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# A lone carriage return, NEL, LS and PS break lines for YAML but not for editors: places would be off.
+# A lone carriage return, NEL, LS and PS break lines for YAML but not for editors: places would be wrong.
 _FORBIDDEN = re.compile(
     "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|\r(?!\n)"
 )
@@ -57,16 +57,16 @@ class PolicyError(ValueError):
 
 
 class Places:
-    """Where the values of a file stand, by their paths. Flat, of tuples that the garbage collector need not follow."""
+    """Where the values of a file are, by path. Flat dicts of tuples, which the garbage collector need not follow."""
 
     def __init__(self) -> None:
-        self.at: dict[Place, Position] = {}  # a scalar's own place, else its key's
+        self.at: dict[Place, Position] = {}  # a scalar's own place, otherwise its key's
         self.keys: dict[Place, Position] = {}
         self.spellings: dict[Place, str] = {}  # of the scalars that are not text
-        self.spoiled: set[Place] = set()  # what has a mistake of its own already: more said of it would be noise
+        self.spoiled: set[Place] = set()  # already has a mistake: another report would be noise
 
     def find(self, path: Place) -> Place:
-        """As much of `path` as the file has; a part that names nothing in it is passed over."""
+        """The parts of `path` that the file has; other parts are skipped."""
         found: Place = ()
         for part in path:
             if (*found, part) in self.at:
@@ -76,18 +76,18 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A policy text that is one YAML mapping. `digest` names its exact bytes."""
+    """A policy text that is one YAML mapping. `digest` identifies its exact bytes."""
 
     data: dict[str, Any]
     places: Places
     digest: str
 
     def at(self, path: Place) -> Position:
-        """Where to point for what is wrong at `path`."""
+        """The position to report for a mistake at `path`."""
         return self.places.at[self.places.find(path)]
 
     def found(self, path: Place, value: object) -> str:
-        """What stands at `path` in the file, for a message."""
+        """What is at `path` in the file, for a message."""
         return found(value, self.places.spellings.get(self.places.find(path), ""))
 
 
@@ -97,7 +97,7 @@ class Mistakes:
     def __init__(self, file: str) -> None:
         self._file = file
         self._found: list[PolicyMistake] = []
-        self.end = (1, 1)  # the last place of the text; libyaml may point past it
+        self.end = (1, 1)  # the end of the text; libyaml may point past it
 
     def add(self, at: Position, path: Place, message: str) -> None:
         if len(self._found) == MAX_MISTAKES:
@@ -105,7 +105,7 @@ class Mistakes:
         self._add(at, rendered(path), message)
 
     def fatal(self, at: Position, message: str) -> NoReturn:
-        """A mistake after which the text is not read any further."""
+        """Add a mistake that ends the reading, and raise."""
         self._add(at, "", message)
         self._raise()
 
@@ -121,7 +121,7 @@ class Mistakes:
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a file, no more than `read` would refuse; PolicyError if it cannot be read."""
+    """The bytes of a file, at most one more than `read` accepts; PolicyError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -130,7 +130,7 @@ def file_bytes(path: Path) -> bytes:
 
 
 def read(text: str | bytes, mistakes: Mistakes) -> Source:
-    """The data of a policy text. What can be read past is left in `mistakes`; PolicyError for what cannot."""
+    """The data of a policy text. Mistakes go to `mistakes`; those that make reading on impossible raise PolicyError."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(data) > MAX_BYTES:
         mistakes.fatal((1, 1), f"the file is over {MAX_BYTES} bytes long")
@@ -179,7 +179,7 @@ def found(value: object, spelling: str) -> str:
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
-    """`; did you mean ...` if one of the `known` is near, else `; expected ...` if they are few."""
+    """`; did you mean ...` if one of the `known` is close, otherwise `; expected ...` if they are few."""
     near = difflib.get_close_matches(word, known, n=1) if len(known) <= 500 and len(word) <= 64 else []
     if near:
         return f"; did you mean {quoted(near[0])}?"
@@ -272,12 +272,12 @@ class _Composer:
                 self.places.spellings[path] = event.value
             return value
         if len(path) >= MAX_DEPTH:
-            self._mistakes.fatal(at, f"nested over {MAX_DEPTH} deep")
+            self._mistakes.fatal(at, f"nested more than {MAX_DEPTH} deep")
         self.places.at[path] = key or at
         return self._sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(path)
 
     def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        """A plain scalar as YAML 1.1 takes it, but a time stays text; anything quoted is text."""
+        """A plain scalar as YAML 1.1 reads it, except that times stay text. Anything quoted is text."""
         text = event.value
         if not event.implicit[0]:
             return text
@@ -299,7 +299,7 @@ class _Composer:
                     return self._loader.construct_yaml_float(node)
                 case _:
                     return text
-        except ValueError:  # `0x_`, or more digits than Python converts: no number that anybody means
+        except ValueError:  # `0x_`, or more digits than Python converts: not meant as a number
             return text
 
     def _sequence(self, path: Place) -> list[Any]:
@@ -325,7 +325,7 @@ class _Composer:
         return items
 
     def _key(self, event: Any, at: Position, path: Place) -> str | None:
-        """The text of a key; None, and a mistake, for a key that is no plain text: its mapping is not what it seems."""
+        """The text of a key; None, and a mistake, if it is not plain text: its mapping is not what it seems."""
         if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
             key = self._value(event, (*path, "?"))
             self.places.spoiled.add(path)

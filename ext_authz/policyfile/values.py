@@ -1,6 +1,6 @@
 """The values of a policy file: how a duration, an endpoint, a name or a URL is written, and what it means.
 
-A ValueError's text is what `schema` puts into its message.
+`schema` puts the text of a ValueError into its message.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def spelled(seconds: float) -> str:
 
 
 def endpoint(value: object) -> policy.Endpoint:
-    """`host:port`; the host as Envoy takes it: an IP address without brackets, or a lower-case DNS name."""
+    """`host:port`; the host as Envoy expects it: an IP address without brackets, or a lower-case DNS name."""
     expected = ValueError(
         "expected `host:port`: an IP address ([v6] in brackets) or a DNS name, and a port from 1 to 65535"
     )

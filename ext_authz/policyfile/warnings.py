@@ -1,4 +1,4 @@
-"""What is valid in a policy and yet certain not to be meant. A warning changes nothing."""
+"""What is valid in a policy but certainly not intended. A warning changes nothing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def dropped(old: Policy, new: Policy) -> list[str]:
 
 
 def warnings(policy: Policy) -> list[str]:
-    """What is valid and yet certain not to be meant, a line each."""
+    """What is valid but certainly not intended, one line each."""
     if policy.anonymous is None and not policy.issuers:
         return ["nobody gets in: `anonymous` is `deny`, and there are no issuers"]
     if policy.clearance and not policy.issuers:
-        return ["clearance: no rule is ever read, for there are no issuers", *_unreachable(policy)]
+        return ["clearance: no rule is ever used, because there are no issuers", *_unreachable(policy)]
     return [*_idle_rules(policy), *_unreachable(policy)]
 
 
 def _idle_rules(policy: Policy) -> Iterator[str]:
-    """The clearance rules that can never give anybody their tier."""
+    """The clearance rules that can never give a caller their tier."""
     seen: dict[str, str] = {}
     for rule in policy.clearance:
         where, source = rule.when.where, rule.when.source
@@ -79,7 +79,7 @@ def _clearances(policy: Policy) -> Iterator[int]:
 
 
 def _constant(condition: Condition) -> Truth | None:
-    """What a condition comes to for every caller, if it reads nothing of any."""
+    """The outcome of a condition for every caller, if it reads nothing; otherwise None."""
     if condition.reads:
         return None
     return condition.holds(context({}))

@@ -1,1 +1,1 @@
-"""The server process: its parts, epochs and workers, and the way of a new policy into force."""
+"""The server process: the Check service, its workers, and how a new policy comes into force."""

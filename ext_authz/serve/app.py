@@ -1,4 +1,4 @@
-"""`srp serve`: the parts put together, started in order, stopped in reverse."""
+"""`srp serve`: builds the parts of the server, starts them in order and stops them in reverse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ext_authz.serve.authorization import Authorization
 from ext_authz.serve.control import Control, Leasing
 from ext_authz.serve.epoch import NO_POLICY, Epoch
 from ext_authz.serve.report import Report
-from ext_authz.serve.scheduling import take_turns
+from ext_authz.serve.scheduling import set_scheduling
 from ext_authz.serve.server import Server
 from ext_authz.serve.witness import Witness
 from ext_authz.serve.workers import Workers, sockets
@@ -38,9 +38,9 @@ log = logging.getLogger("srp")
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. PolicyError or OSError if it cannot start."""
+    """Serve until SIGTERM or SIGINT. PolicyError or OSError if the server cannot start."""
     log_lines.start(settings.log_level)
-    take_turns()
+    set_scheduling()
     uvloop.run(_serve(settings))
 
 
@@ -53,13 +53,14 @@ async def _serve(settings: Settings) -> None:
         await app.decide(stack)
         await app.report(stack)
         await app.listen(stack)
-        # Neither ends by itself: without the one no policy would be replaced, without the other no worker.
-        await _until(stopping, app.control.watch(), app.workers.ended())
+        # Neither returns on its own. Without the first, policies would not reload; without the second, no worker would
+        # be replaced.
+        await _run_until(stopping, app.control.watch(), app.workers.ended())
         log.info("draining for up to %g s", settings.drain)
 
 
 class _App:
-    """The parts of one server. Each method starts some of them, and leaves on the stack how they stop."""
+    """The parts of one server. Each method starts some of them and pushes their cleanup onto the stack."""
 
     def __init__(self, settings: Settings, began: float) -> None:
         self._settings, self._began = settings, began
@@ -78,10 +79,10 @@ class _App:
         self._authorization.epoch = epoch
         self.workers.install(epoch)
         if self._witness is not None:
-            self._witness.beside(epoch.snapshot)
+            self._witness.set_active(epoch.snapshot)
 
     async def decide(self, stack: AsyncExitStack) -> None:
-        """Put the policy in force, here and in the workers."""
+        """Put the policy into force, here and in the workers."""
         stack.push_async_callback(self._keys.close)
         if self._witness is not None:
             stack.push_async_callback(self._witness.close)
@@ -91,10 +92,10 @@ class _App:
         self.workers.start()
         await self.control.start()
         gc.collect()
-        gc.freeze()  # what is here now stays: no later collection needs to walk through it
+        gc.freeze()  # what exists now is long-lived: later collections need not traverse it
 
     async def report(self, stack: AsyncExitStack) -> None:
-        """Open the HTTP side door, if there is to be one."""
+        """Start the HTTP status listener, if it is enabled."""
         if self._settings.status is None:
             return
         counter = LeaseCounter(self._settings.envoy_admin)
@@ -108,7 +109,7 @@ class _App:
         log.info("status on http://%s:%d", self._settings.status[0], status.port)
 
     async def listen(self, stack: AsyncExitStack) -> None:
-        """Take checks, and Envoys that want their configuration."""
+        """Accept checks, and ADS streams from Envoys."""
         settings = self._settings
         handlers = self._authorization.handlers(), self._ads.handlers()
         server = Server(settings.listen, *handlers, max_concurrent=settings.max_concurrent)
@@ -122,8 +123,8 @@ class _App:
         log.info("srp %s listens on %s", __version__, server.address)
 
 
-async def _until(stopping: asyncio.Event, *forever: Coroutine[Any, Any, None]) -> None:
-    """Until `stopping` is set. What runs `forever` beside it may not end by itself: RuntimeError, or what it raised."""
+async def _run_until(stopping: asyncio.Event, *forever: Coroutine[Any, Any, None]) -> None:
+    """Run the `forever` coroutines until `stopping` is set. If one ends first: what it raised, or RuntimeError."""
     stopped: asyncio.Task[Any] = asyncio.create_task(stopping.wait())
     tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work) for work in forever]
     try:
@@ -131,7 +132,7 @@ async def _until(stopping: asyncio.Event, *forever: Coroutine[Any, Any, None]) -
         for task in tasks:
             if task in done:
                 task.result()
-                raise RuntimeError("the policy or the workers are no longer looked after")
+                raise RuntimeError("the policy file or the workers are no longer supervised")
     finally:
         for task in (stopped, *tasks):
             task.cancel()
@@ -139,7 +140,7 @@ async def _until(stopping: asyncio.Event, *forever: Coroutine[Any, Any, None]) -
 
 
 def leasing(settings: Settings, witness: Witness | None) -> Leasing | None:
-    """How leases are held; None without them. A witness must see every decision, so there are none beside one."""
+    """The lease configuration, None if leases are off. They are off with a witness, which must see every decision."""
     if witness is not None or not settings.lease_entries:
         return None
     return Leasing(envoy_file(lease_filter.SCRIPT).read_text(), settings.lease_entries)

@@ -1,4 +1,4 @@
-"""Check, the RPC that Envoy calls for each request: parse, decide, answer."""
+"""Check, the RPC that Envoy calls for each request: parse, decide, respond."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ext_authz.serve.epoch import Epoch
 from ext_authz.wire import check as wire
 
 SERVICE = "envoy.service.auth.v3.Authorization"
-KEY_WAIT = 0.3  # seconds a check may wait for fresh keys, under Envoy's ext_authz timeout
-MAX_WAITING = 64  # checks that wait for keys; the others use those at hand, so unknown key ids delay nobody else
+KEY_WAIT = 0.3  # seconds that a check may wait for fresh keys; less than Envoy's ext_authz timeout
+MAX_WAITING = 64  # checks that may wait for keys at once, so that a flood of unknown key ids cannot hold all checks
 
 log = logging.getLogger("srp.server")
 
-# Sees each decision after its answer: the snapshot that made it, the request, the decision, its id and its time.
+# Called with each decision after its response: the snapshot that made it, the request, the decision, its id and time.
 Witness = Callable[[Snapshot, Request, Decision, str, float], None]
 
 _UNREAD = Request("", "", {})
@@ -41,7 +41,7 @@ class FreshKeys(Protocol):
 
 
 class _Decided(NamedTuple):
-    """An outcome, and the epoch, request and time that it was found for."""
+    """An outcome, with the epoch, request and time that it belongs to."""
 
     outcome: Outcome
     epoch: Epoch
@@ -50,7 +50,7 @@ class _Decided(NamedTuple):
 
 
 class Authorization:
-    """Answers Check. `epoch` is replaced whole when the policy or the keys change."""
+    """Serves Check. `epoch` is replaced as a whole when the policy or the keys change."""
 
     def __init__(self, epoch: Epoch, keys: FreshKeys, tally: Tally, clock: Callable[[], float] = time.time) -> None:
         self.epoch = epoch
@@ -62,7 +62,7 @@ class Authorization:
         self._waiting = 0
 
     async def check(self, data: bytes, context: Any = None) -> bytes:
-        """One serialised CheckRequest to one serialised CheckResponse. Never raises, except for cancellation."""
+        """The serialised CheckResponse to a serialised CheckRequest. Raises nothing but cancellation."""
         began = time.perf_counter()
         epoch, request, now = self.epoch, _UNREAD, self._clock()
         decision_id = epoch.writer.new_id()
@@ -70,7 +70,7 @@ class Authorization:
             outcome, epoch, request, now = await self._decide(wire.parse(data), epoch, now)
             decision = outcome.decision
             answer = self._answer(outcome, epoch, request, now, decision_id)
-        except Exception as e:  # noqa: BLE001 - the one broad except: whatever went wrong, the answer is no
+        except Exception as e:  # noqa: BLE001 - the RPC boundary: any unexpected error is a denial
             self._failed(e)
             decision, answer = wire.INTERNAL, epoch.writer.write(wire.INTERNAL, decision_id)
         self._tally.decided(decision, time.perf_counter() - began)
@@ -81,10 +81,10 @@ class Authorization:
         return answer
 
     async def _decide(self, raw: wire.Raw, epoch: Epoch, now: float) -> _Decided:
-        """From the cache, or by `check`; if fresh keys could change a refusal, once more with the newest epoch."""
+        """From the cache or from `check`. If fresh keys could change a refusal, check again with the newest epoch."""
         cached = lookup(epoch.snapshot, raw, now)
         if cached is not None and self.witness is None:
-            # Only requests without repeated headers are cached, so a lease needs no more of this one than its path.
+            # Only requests without repeated headers are cached, so a lease needs nothing but the path of this one.
             return _Decided(cached, epoch, Request("", raw.fingerprint[0], {}) if epoch.grants else _UNREAD, now)
         request = raw.request(self._wanted(epoch))
         if cached is not None:
@@ -101,7 +101,7 @@ class Authorization:
         return _Decided(outcome, epoch, request, now)
 
     def _answer(self, outcome: Outcome, epoch: Epoch, request: Request, now: float, decision_id: str) -> bytes:
-        """The response's bytes, with a lease if the decision may have one."""
+        """The serialised response, with a lease if the decision may have one."""
         decision, caller, _ = outcome
         until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
         if until is None:
@@ -111,7 +111,7 @@ class Authorization:
         return answer
 
     def _wanted(self, epoch: Epoch) -> frozenset[str] | None:
-        """The headers to parse; None: all, as a witness may read what the policy in force does not."""
+        """The headers to parse. None: all, as a witness may read headers that the policy in force does not."""
         return epoch.snapshot.reads if self.witness is None else None
 
     async def _fresh(self, issuer: str) -> None:
@@ -131,13 +131,13 @@ class Authorization:
             log.warning("condition %s could not be evaluated for a caller: counted as no match", where)
 
     def _failed(self, error: Exception) -> None:
-        """Log where it failed, not what: an exception's text may hold a part of the request."""
+        """Log the exception's type and place, but not its text, which may contain part of the request."""
         self._tally.rpc_errors += 1
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
         log.error("check failed: %s at %s", type(error).__name__, place)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Check as a handler on bytes: no serialiser runs but ours."""
+        """Check as a handler on bytes: gRPC serialises nothing."""
         method = grpc.unary_unary_rpc_method_handler(self.check)
         return grpc.method_handlers_generic_handler(SERVICE, {"Check": method})

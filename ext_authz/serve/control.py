@@ -1,13 +1,13 @@
 """The control path: policy file → Policy → keys → Envoy's clusters → Envoy's ACK → decisions.
 
-Make before break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or whose clusters
-Envoy refuses, changes nothing.
+Clusters are make-before-break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or
+whose clusters Envoy rejects, changes nothing.
 
-Processes that decide beside this one (`Followers`) are sent each epoch, and a policy counts as in force only when none
-of them decides by an older one.
+Other processes that decide (`Followers`) receive each epoch. A policy is reported as in force only when none of them
+uses an older one.
 
-Leases break before make: each epoch has a lease filter of its own, which reaches Envoy with the clusters. From the
-moment it is sent the old epoch grants nothing, and the new one grants only while every Envoy has its filter.
+Leases are break-before-make: each epoch has its own lease filter, which Envoy receives with the clusters. Once it is
+sent, the old epoch grants no leases, and the new one grants them only while every Envoy has its filter.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from ext_authz.wire import lease_filter
 from ext_authz.wire.ads import Ads, Publication, PublishResult, Resources
 from ext_authz.wire.clusters import cluster_resources
 
-ACK_TIMEOUT = 2.0  # seconds to wait for Envoy before going live without it
-KEY_DEBOUNCE = 0.05  # seconds in which changes of keys become one push
-WORKER_LAG = 0.02  # seconds in which Envoy's worker threads follow its main thread, which is the one that answers
-CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster outlives the last decision that named it
+ACK_TIMEOUT = 2.0  # seconds to wait for Envoy's ACK; after that the policy goes live without it
+KEY_DEBOUNCE = 0.05  # seconds; key changes within this time are sent in one push
+WORKER_LAG = 0.02  # seconds that Envoy's worker threads may lag behind its main thread, which sends the ACK
+CLUSTER_DRAIN = 10.0  # seconds that a removed expert's cluster is kept for decisions that still name it
 
 log = logging.getLogger("srp.reload")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PolicyStatus:
-    """What `/status` tells of the policy. `since` is in seconds since the epoch.
+    """The policy's part of `/status`. `since` is in seconds since the epoch.
 
-    `error` is why the newest file is not in force, None when it is.
+    `error` is why the newest file is not in force; None if it is.
     """
 
     digest: str
@@ -60,7 +60,7 @@ class PolicyStatus:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leasing:
-    """The lease filter's text and the size of its table, on each of Envoy's worker threads."""
+    """The lease filter's script, and the size of its table on each of Envoy's worker threads."""
 
     script: str
     entries: int = leases.ENTRIES
@@ -70,17 +70,17 @@ class Followers(Protocol):
     """Other processes that decide by the epochs installed here."""
 
     async def prepare(self, digest: str, text: bytes, path: Path) -> None:
-        """Have them compile a policy that may come into force."""
+        """Make them compile a policy that may come into force."""
 
     async def settled(self) -> None:
-        """Return when each of them decides by the newest epoch, or has ended."""
+        """Return when each of them uses the newest epoch or has ended."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sent:
-    """What Envoy was last sent: the clusters of one policy, and the lease filter of another, for `lease_epoch`.
+    """What Envoy was last sent: the clusters of one policy, and the lease filter of another for `lease_epoch`.
 
-    `version` is the filter's.
+    `version` is that of the filter.
     """
 
     clusters: Policy
@@ -90,9 +90,9 @@ class _Sent:
 
 
 class Control:
-    """Keeps one policy in force. `install` is called with each new epoch, and hands it to the `followers`, too.
+    """Keeps one policy in force. It calls `install` with each new epoch; `install` also passes it to the `followers`.
 
-    `leasing` None: no leases.
+    If `leasing` is None, there are no leases.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class Control:
 
     @property
     def lease_epoch(self) -> str | None:
-        """The epoch that leases are granted in; None while none are."""
+        """The epoch in which leases are granted; None while leases are off."""
         return self._active.lease_epoch if self._active is not None and self._active.grants else None
 
     async def start(self) -> None:
-        """Put the file's policy in force; PolicyError or OSError if there is none to be had."""
+        """Put the file's policy into force. PolicyError or OSError if it cannot be loaded."""
         async with self._lock:
             text = await self._file.read() or b""
             await self._adopt(await self._parse(text), text)
@@ -148,7 +148,7 @@ class Control:
             await self.reload()
 
     async def reload(self) -> bool:
-        """Read the file again; put it in force if it changed and is good. Whether it did."""
+        """Read the file again and put it into force if it has changed and is valid. Returns whether it did."""
         async with self._lock:
             try:
                 text = await self._file.read()
@@ -161,7 +161,7 @@ class Control:
             return await self._adopt(policy, text)
 
     async def close(self) -> None:
-        """End what is still to come."""
+        """Cancel what is still scheduled."""
         for task in (self._drain, self._pushing):
             if task is not None:
                 task.cancel()
@@ -175,7 +175,7 @@ class Control:
         old = self._policy
         if self._followers is not None:
             await self._followers.prepare(policy.digest, text, self._file.path)
-        # Until the swap both policies' issuers are followed: the old one still answers.
+        # Follow the issuers of both policies until the swap: the old policy still decides.
         await self._keys.follow({**(old.issuers if old else {}), **policy.issuers}.values())
         if self._drain is not None:
             self._drain.cancel()
@@ -207,7 +207,7 @@ class Control:
     async def _drop_clusters(self, policy: Policy) -> None:
         await asyncio.sleep(CLUSTER_DRAIN)
         async with self._lock:
-            # A new filter, too, would be one more epoch: what Envoy has of it stays.
+            # Envoy keeps the lease filter that it has: a new one would start another epoch.
             published = await self._publish(
                 policy, policy, self._sent.lease_epoch if self._sent else _new_lease_epoch()
             )
@@ -229,7 +229,7 @@ class Control:
         return published
 
     def _renew(self, lease_epoch: str) -> None:
-        """A new epoch: the policy in force with the keys of now. A lease epoch is used for one of these only."""
+        """Start a new epoch: the policy in force with the current keys. Each one has a different lease epoch."""
         if self._policy is not None:
             self._epoch += 1
             self._active = Epoch.of(self._caches.snapshot(self._policy, self._keys.keys, self._epoch), lease_epoch)
@@ -242,7 +242,7 @@ class Control:
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
-        """Send Envoy the lease filter of the newest epoch, until it has it."""
+        """Send Envoy the lease filter of the newest epoch until nothing newer is left to send."""
         while self._behind():
             await asyncio.sleep(KEY_DEBOUNCE)
             async with self._lock:
@@ -259,7 +259,7 @@ class Control:
         )
 
     def _agree(self) -> None:
-        """Have leases granted exactly while every Envoy with a lease filter has that of the epoch in force."""
+        """Grant leases exactly while every Envoy with a lease filter has the filter of the epoch in force."""
         active, sent = self._active, self._sent
         if active is None or sent is None:
             return
@@ -282,14 +282,14 @@ class Control:
 
 
 def _new_lease_epoch() -> str:
-    """Unlike any before, in this process or another: Envoy keeps what it holds if it is sent the same text again."""
+    """An id never used before, in any process: Envoy keeps its leases if it receives the same filter again."""
     return secrets.token_hex(8)
 
 
 def _both(old: Policy | None, new: Policy) -> Policy:
-    """The new policy with the old one's experts still in it, as long as a decision under way may name them.
+    """The new policy plus the old one's experts, which decisions in flight may still name.
 
-    An expert whose cluster the new policy gives to another is left out: a cluster has one owner.
+    An expert whose cluster the new policy gives to another expert is left out: a cluster has one owner.
     """
     if old is None:
         return new

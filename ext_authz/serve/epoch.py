@@ -1,4 +1,4 @@
-"""One epoch as it is served: a snapshot, the writer of its answers, and whether it grants leases."""
+"""One epoch as the server uses it: a snapshot, the writer of its responses, and whether it grants leases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ext_authz.wire.check import Writer
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """`lease_epoch` is its name to Envoy's lease filter; `grants`: whether decisions may carry leases now."""
+    """`lease_epoch` is its id in Envoy's lease filter. `grants` is whether decisions may carry leases now."""
 
     snapshot: Snapshot
     writer: Writer
@@ -20,8 +20,8 @@ class Epoch:
 
     @staticmethod
     def of(snapshot: Snapshot, lease_epoch: str = "") -> Epoch:
-        """The epoch of `snapshot`, which grants nothing yet."""
+        """The epoch of `snapshot`, which does not grant leases yet."""
         return Epoch(snapshot, Writer(snapshot.policy, lease_epoch), lease_epoch)
 
 
-NO_POLICY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # until there is a policy: refuses everyone
+NO_POLICY = Epoch.of(Snapshot(Policy(tiers=("none",), experts={})))  # denies every request until there is a policy

@@ -1,7 +1,7 @@
-"""What an owner and its workers say to each other: JSON messages, each after its length in four bytes.
+"""The protocol between an owner and its workers: JSON messages, each prefixed with its length in four bytes.
 
-Both sides read in order, so a worker has taken over every epoch that was sent before what it answers to. Whoever gets
-what is no message ends the conversation: there is no telling what the other side meant.
+Both sides read in order, so a worker has installed every epoch that was sent before the message that it answers. On
+anything that is not a message, the reader closes the connection.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ext_authz.observe.counts import Counts
 
-MAX_FRAME = 64 * 1024 * 1024  # bytes; a policy has up to 8 MiB, and its 64 issuers up to 100 keys each
+MAX_FRAME = 64 * 1024 * 1024  # bytes; a policy is up to 8 MiB, and its 64 issuers have up to 100 keys each
 _LENGTH = 4  # bytes
 
 M = TypeVar("M")
 
 
 class BadFrame(Exception):
-    """Not a message. The text never holds a byte of it: it may have held keys."""
+    """Not a message. The text never contains any of the data, which may include keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Who the worker is to be. The first message that it gets."""
+    """The worker's number and settings. Always the first message to it."""
 
     number: int
     listen: str
@@ -40,7 +40,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class PolicyText:
-    """A policy that epochs may be of from now on, as it stands in the file at `path`. The answer is Compiled."""
+    """A policy that later epochs may use: the content of the file at `path`. The answer is Compiled."""
 
     digest: str
     text: str
@@ -49,10 +49,11 @@ class PolicyText:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochOf:
-    """Decide by this: the policy of this digest and these keys (`jwk.key_text`), by issuer. The answer is Installed.
+class Install:
+    """Decide by this epoch: the policy with this digest, and the keys (`jwk.key_text`) by issuer.
 
-    `order` grows with each one sent. `epoch`, `lease_epoch` and `grants` are the owner's own.
+    The answer is Installed. `order` increases with each message. `epoch`, `lease_epoch` and `grants` are as in the
+    owner's epoch.
     """
 
     order: int
@@ -61,27 +62,27 @@ class EpochOf:
     keys: Mapping[str, tuple[str, ...]]
     lease_epoch: str
     grants: bool
-    kind: Literal["epoch"] = "epoch"
+    kind: Literal["install"] = "install"
 
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Take checks from now on. The answer is Listening."""
+    """Accept checks from now on. The answer is Listening."""
 
     kind: Literal["listen"] = "listen"
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """The answer is Told, with the same `order`."""
+class Poll:
+    """A request for the counts. The answer is Counted, with the same `order`."""
 
     order: int
-    kind: Literal["ask"] = "ask"
+    kind: Literal["poll"] = "poll"
 
 
 @dataclass(frozen=True, slots=True)
 class Refreshed:
-    """The keys of `issuer` are as new as can be; if they changed, the epoch came before this."""
+    """The keys of `issuer` have been refreshed. If they changed, the new epoch was sent before this."""
 
     issuer: str
     kind: Literal["refreshed"] = "refreshed"
@@ -89,7 +90,7 @@ class Refreshed:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Finish the checks that run, in `drain` seconds at most, and end."""
+    """Finish running checks within `drain` seconds, then exit."""
 
     drain: float
     kind: Literal["stop"] = "stop"
@@ -114,12 +115,12 @@ class Listening:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """All that the worker has counted so far; None: what it told last still holds."""
+class Counted:
+    """The worker's counts since its start. None: unchanged since the last report."""
 
     order: int
     counts: Counts | None
-    kind: Literal["told"] = "told"
+    kind: Literal["counted"] = "counted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,8 @@ class Refresh:
     kind: Literal["refresh"] = "refresh"
 
 
-ToWorker = Start | PolicyText | EpochOf | Listen | Ask | Refreshed | Stop
-ToOwner = Compiled | Installed | Listening | Told | Refresh
+ToWorker = Start | PolicyText | Install | Listen | Poll | Refreshed | Stop
+ToOwner = Compiled | Installed | Listening | Counted | Refresh
 Message = ToWorker | ToOwner
 
 TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
@@ -140,7 +141,7 @@ _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator=
 
 
 def frame(message: Message) -> bytes:
-    """The message as it is sent."""
+    """The message as bytes on the socket."""
     data = _ANY.dump_json(message)
     if len(data) > MAX_FRAME:
         raise BadFrame(f"a message of {len(data)} bytes, at most {MAX_FRAME} are allowed")
@@ -148,12 +149,12 @@ def frame(message: Message) -> bytes:
 
 
 async def read_to_worker(reader: asyncio.StreamReader) -> ToWorker | None:
-    """The owner's next message, None if it is gone; BadFrame for anything else."""
+    """The owner's next message; None if the owner is gone. BadFrame for anything else."""
     return await _message(reader, TO_WORKER, "a worker")
 
 
 async def read_to_owner(reader: asyncio.StreamReader) -> ToOwner | None:
-    """A worker's next message, None if it is gone; BadFrame for anything else."""
+    """A worker's next message; None if the worker is gone. BadFrame for anything else."""
     return await _message(reader, TO_OWNER, "an owner")
 
 
@@ -166,7 +167,7 @@ async def _message(reader: asyncio.StreamReader, known: TypeAdapter[M], to: str)
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes | None:
-    """One frame; None at the end, also in the middle of a frame: who is killed finishes no sentence."""
+    """One frame; None at the end. A truncated frame is the end, too: a killed process may leave one."""
     try:
         length = int.from_bytes(await reader.readexactly(_LENGTH), "big")
         if length > MAX_FRAME:

@@ -27,7 +27,7 @@ from ext_authz.wire.ads import Ads
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Asks the parts of the server when it is asked. `began` is in seconds since the epoch."""
+    """Collects the report from the parts of the server on each call. `began` is in seconds since the epoch."""
 
     began: float
     tally: Tally
@@ -41,7 +41,7 @@ class Report:
     witness: Witness | None
 
     async def refresh(self) -> None:
-        """Get the newest counts of workers and Envoy, for a bounded time."""
+        """Get the newest counts from the workers and Envoy. The wait is bounded."""
         await asyncio.gather(self.workers.refresh(), self.lease_counter.refresh())
 
     def status(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Report:
         return counted(self.tally, self.caches, self.authorization.epoch.snapshot)
 
     def _first_worker(self, own: Counts) -> dict[str, Any]:
-        """This process, which is the first of the workers."""
+        """This process, which is the first worker."""
         return {
             "worker": 0, "pid": os.getpid(), "age_seconds": round(time.time() - self.began, 3), "serving": True,
             "epoch": self.authorization.epoch.snapshot.epoch, "checks": own.checks, "restarts": 0,
@@ -111,9 +111,11 @@ def _keys(keys: tuple[KeyStatus, ...]) -> Iterator[Metric]:
 
 def _caches(total: Counts) -> Iterator[Metric]:
     entries = GaugeMetricFamily("srp_cache_entries", "Entries in the caches of the epoch in force.", labels=["cache"])
-    hits = CounterMetricFamily("srp_cache_hits", "Found in the cache.", labels=["cache"])
-    misses = CounterMetricFamily("srp_cache_misses", "Not found in the cache.", labels=["cache"])
-    evictions = CounterMetricFamily("srp_cache_evictions", "Evicted because the cache was full.", labels=["cache"])
+    hits = CounterMetricFamily("srp_cache_hits", "Lookups found in the cache.", labels=["cache"])
+    misses = CounterMetricFamily("srp_cache_misses", "Lookups not found in the cache.", labels=["cache"])
+    evictions = CounterMetricFamily(
+        "srp_cache_evictions", "Entries evicted because the cache was full.", labels=["cache"]
+    )
     for name, use in total.caches.items():
         entries.add_metric([name], use.entries)
         hits.add_metric([name], use.hits)

@@ -1,4 +1,4 @@
-"""How the threads of a server process share a core."""
+"""How the threads of a server process share a CPU core."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import contextlib
 import os
 import sys
 
-SWITCH_INTERVAL = 0.0002  # seconds that a thread keeps the interpreter while another waits for it
+SWITCH_INTERVAL = 0.0002  # seconds that a thread keeps the GIL while another waits for it
 
 
-def take_turns() -> None:
-    """Settle how the threads of this process, those to come too, take turns. Children inherit the second half.
+def set_scheduling() -> None:
+    """Set how the threads of this process, present and future, are scheduled. Children inherit SCHED_BATCH.
 
-    At the interpreter's default of 5 ms a thread that compiles a policy holds up checks, and a busy loop, which lets go
-    of the interpreter for a moment each round, never lets the log's writer have it. And gRPC's threads wake for each
-    event, to hand it to the loop: as SCHED_BATCH (sched(7)) they wait until the loop is idle, and hand it several. A
-    policy that somebody chose for this process stays.
+    At the interpreter's default switch interval of 5 ms, a thread that compiles a policy delays checks, and a busy
+    event loop, which releases the GIL only briefly on each iteration, starves the log's writer thread.
+
+    gRPC's threads wake for each event to hand it to the event loop. Under SCHED_BATCH (sched(7)) they wait until the
+    loop is idle and hand over several events at once. A scheduling policy that was set for this process stays.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    with contextlib.suppress(OSError, AttributeError):  # not allowed here, or not Linux
+    with contextlib.suppress(OSError, AttributeError):  # not permitted, or not Linux
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,4 +1,4 @@
-"""The gRPC server: one socket, its handlers, and health."""
+"""The gRPC server: one socket, its handlers, and the health service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_MESSAGE = 1 << 20  # bytes; Envoy sends at most 64 KiB of body and 60 KiB of
 
 
 class Server:
-    """A grpc.aio server on `listen`: `unix:PATH` (mode 0660) or HOST:PORT (port 0 picks one, see `address`)."""
+    """A grpc.aio server on `listen`: `unix:PATH` (mode 0660) or HOST:PORT (with port 0, `address` has the real one)."""
 
     def __init__(self, listen: str, *handlers: grpc.GenericRpcHandler, max_concurrent: int = MAX_CONCURRENT) -> None:
         self._listen = listen
@@ -37,11 +37,11 @@ class Server:
         self.address = listen
 
     async def start(self) -> None:
-        """Listen and report SERVING. OSError if the address cannot be had."""
+        """Listen and report SERVING. OSError if it cannot listen on the address."""
         path = unix_path(self._listen)
         if path is not None:
             await asyncio.to_thread(_clear_stale, path)
-            # The socket is born with the umask's mode: nobody but owner and group may ever connect.
+            # The umask sets the mode at creation, so only the owner and the group can ever connect.
             mask = os.umask(0o117)
         try:
             port = self._grpc.add_insecure_port(self._listen)
@@ -56,7 +56,10 @@ class Server:
         await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace: float = DRAIN) -> None:
-        """Say NOT_SERVING, let what runs finish for `grace` seconds, close. gRPC removes its socket when it begins."""
+        """Report NOT_SERVING, let running calls finish for up to `grace` seconds, then close.
+
+        gRPC removes its socket at the start.
+        """
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.stop(grace)
 
@@ -71,7 +74,7 @@ def unix_path(listen: str) -> Path | None:
 
 
 def _clear_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on; OSError if somebody does, or if it is no socket."""
+    """Remove a socket that no process listens on. OSError if one does, or if the path is not a socket."""
     if not path.parent.is_dir():
         raise OSError(f"cannot listen on {path}: its folder does not exist")
     if len(os.fsencode(path)) > MAX_PATH:
@@ -79,7 +82,7 @@ def _clear_stale(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise OSError(f"cannot listen on {path}: it exists and is no socket")
+        raise OSError(f"cannot listen on {path}: it exists and is not a socket")
     with sockets.socket(sockets.AF_UNIX) as probe:
         probe.settimeout(1)
         try:

@@ -1,4 +1,4 @@
-"""What is done about a decision once its answer is made: the shadow policy judges it too, the decision log keeps it."""
+"""What happens to a decision after its response: the shadow policy is compared with it, and the log records it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from ext_authz.core.model import Decision, Request
 from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.decision_log import DecisionLog
-from ext_authz.observe.decision_record import Scribe
+from ext_authz.observe.decision_record import RecordWriter
 from ext_authz.observe.metrics import gauge
 from ext_authz.review.shadow import Shadow
 from ext_authz.settings import Settings
@@ -22,17 +22,17 @@ log = logging.getLogger("srp.witness")
 
 
 class Witness:
-    """Sees each decision once, after its answer. Nothing that goes wrong here can reach the answer."""
+    """Sees each decision once, after its response. No failure here can affect the response."""
 
     def __init__(self, shadow: Shadow | None, log: DecisionLog | None) -> None:
         self._shadow = shadow
         self._log = log
-        self._scribe = Scribe()
+        self._records = RecordWriter()
         self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Witness | None:
-        """The witness that the settings ask for, if any."""
+        """The witness that the settings call for; None if they call for none."""
         if settings.shadow_policy is None and settings.decision_log is None:
             return None
         shadow = Shadow(settings.shadow_policy) if settings.shadow_policy else None
@@ -40,26 +40,26 @@ class Witness:
         return cls(shadow, DecisionLog(settings.decision_log, size, keep) if settings.decision_log else None)
 
     def __call__(self, snapshot: Snapshot, request: Request, decision: Decision, decision_id: str, now: float) -> None:
-        """`decision` was made under `snapshot` at `now` (seconds since the epoch), and answered as `decision_id`."""
+        """Take a `decision` made under `snapshot` at `now` (seconds since the epoch), with the id `decision_id`."""
         difference = self._shadow.judge(request, decision, now) if self._shadow else None
         if self._log is not None:
-            self._log.add(self._scribe.line(snapshot, request, decision, decision_id, now, difference))
+            self._log.add(self._records.line(snapshot, request, decision, decision_id, now, difference))
 
     def start(self) -> None:
-        """Open the log and follow the shadow policy; OSError if the log cannot be had."""
+        """Open the log and follow the shadow policy. OSError if the log cannot be opened."""
         if self._log is not None:
             self._log.start()
         if self._shadow is not None:
             self._watching = asyncio.create_task(self._shadow.watch())
             self._watching.add_done_callback(_ended)
 
-    def beside(self, active: Snapshot) -> None:
-        """`active` is in force from now on."""
+    def set_active(self, active: Snapshot) -> None:
+        """Note that `active` is in force from now on."""
         if self._shadow is not None:
-            self._shadow.beside(active)
+            self._shadow.set_active(active)
 
     async def close(self) -> None:
-        """Stop following, and write what the log still holds."""
+        """Stop following the shadow policy, and write the log's pending lines."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -69,25 +69,25 @@ class Witness:
             await asyncio.to_thread(self._log.close)
 
     def report(self) -> dict[str, Any]:
-        """What `/status` tells."""
-        told: dict[str, Any] = {}
+        """The witness's part of `/status`."""
+        status: dict[str, Any] = {}
         if self._shadow is not None:
-            told["shadow"] = dataclasses.asdict(self._shadow.status)
+            status["shadow"] = dataclasses.asdict(self._shadow.status)
         if self._log is not None:
-            told["decision_log"] = self._log.counts
-        return told
+            status["decision_log"] = self._log.counts
+        return status
 
     def families(self) -> Iterator[Metric]:
-        """What `/metrics` tells."""
+        """The witness's part of `/metrics`."""
         if self._shadow is not None:
-            found = CounterMetricFamily(
+            decisions = CounterMetricFamily(
                 "srp_shadow_decisions",
-                "Decisions by what the shadow policy would have made of them.",
+                "Decisions by how the shadow policy would have differed.",
                 labels=["difference"],
             )
             for difference, n in sorted(self._shadow.differences.items()):
-                found.add_metric([difference], n)
-            yield found
+                decisions.add_metric([difference], n)
+            yield decisions
             error = self._shadow.status.error is not None
             yield gauge("srp_shadow_policy_error", "1 while the newest shadow policy file is refused.", float(error))
         if self._log is not None:
@@ -99,4 +99,4 @@ class Witness:
 
 def _ended(watching: asyncio.Task[None]) -> None:
     if not watching.cancelled() and (error := watching.exception()):
-        log.error("the shadow policy is not followed any more: %s", type(error).__name__)
+        log.error("the shadow policy is no longer followed: %s", type(error).__name__)

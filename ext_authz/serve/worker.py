@@ -1,6 +1,6 @@
-"""One worker of `srp serve --workers`: answers Check by the epochs that its owner sends, and ends with its owner.
+"""One worker of `srp serve --workers`: serves Check with the epochs from its owner, and exits with its owner.
 
-Started by ext_authz.serve.workers, never by hand: standard input is the socket that leads to the owner.
+Started by ext_authz.serve.workers, never by hand: standard input is the socket to the owner.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ext_authz.serve import frames
 from ext_authz.serve.authorization import Authorization
 from ext_authz.serve.epoch import NO_POLICY, Epoch
 from ext_authz.serve.frames import BadFrame
-from ext_authz.serve.scheduling import take_turns
+from ext_authz.serve.scheduling import set_scheduling
 from ext_authz.serve.server import Server, unix_path
 from ext_authz.settings import DRAIN
 
@@ -39,15 +39,15 @@ log = logging.getLogger("srp.worker")
 
 
 def main() -> None:
-    """Serve the owner at the other end of standard input until it says stop, or is gone."""
+    """Serve until the owner at the other end of standard input sends Stop or is gone."""
     try:
         link = socket.socket(fileno=os.dup(0))
     except OSError:
         sys.exit("a worker is started by `srp serve --workers`, not by hand")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the owner gets it too, and says when to stop
-    take_turns()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, which then sends Stop
+    set_scheduling()
     uvloop.run(_serve(link))
 
 
@@ -57,33 +57,33 @@ async def _serve(link: socket.socket) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     worker: Worker | None = None
 
-    async def converse() -> float:
-        """Until the owner says stop: how long it grants."""
+    async def receive() -> float:
+        """Handle the owner's messages until Stop, and return its `drain`."""
         nonlocal worker
         while True:
             message = await frames.read_to_worker(reader)
             if message is None:
-                _end(worker, 0)  # at once: nobody tells this process of a revocation any more
+                _end(worker, 0)  # at once: without its owner, this process would miss revocations
             if isinstance(message, frames.Start):
                 log_lines.start(message.log_level, message.number)
                 worker = Worker(message, lambda answer: writer.write(frames.frame(answer)))
             elif isinstance(message, frames.Stop):
                 return message.drain
             elif worker is None:
-                raise BadFrame("expected to be told who it is")
+                raise BadFrame("expected `start` as the first message")
             elif isinstance(message, frames.Listen):
                 await worker.listen()
             else:
-                worker.hear(message)
+                worker.receive(message)
 
-    talking = asyncio.create_task(converse())
+    receiving = asyncio.create_task(receive())
     stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait({talking, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({receiving, stopped}, return_when=asyncio.FIRST_COMPLETED)
     drain = DRAIN
-    if talking.done():
+    if receiving.done():
         try:
-            drain = talking.result()
-        except Exception as e:  # noqa: BLE001 - whatever it is, this process must not go on deciding
+            drain = receiving.result()
+        except Exception as e:  # noqa: BLE001 - after any error this process must stop deciding
             log.error("ending: %s: %s", type(e).__name__, e)
             _end(worker, 1)
     if worker is not None:
@@ -94,83 +94,83 @@ async def _serve(link: socket.socket) -> None:
 
 
 def _end(worker: Worker | None, code: int) -> NoReturn:
-    """End this process now, whatever its threads are at. Its socket goes with it."""
+    """Exit now, without waiting for any thread. Removes the socket, too."""
     if worker is not None:
-        worker.leave()
+        worker.remove_socket()
     os._exit(code)
 
 
 class Worker:
-    """What the owner's messages, taken in order, make of this process. `send` carries its answers."""
+    """The state of this process, which the owner's messages change in order. `send` sends the answers."""
 
     def __init__(self, start: frames.Start, send: Callable[[frames.ToOwner], object]) -> None:
         self._start = start
         self._send = send
         self._caches = CacheSizes(start.cached_tokens, start.cached_decisions)
         self._tally = Tally()
-        self._keys = _OwnersKeys(send)
+        self._keys = _OwnerKeys(send)
         self._authorization = Authorization(NO_POLICY, self._keys, self._tally)
-        self._policies: dict[str, Policy] = {}  # those that the next epoch may be of
+        self._policies: dict[str, Policy] = {}  # compiled, by digest: those that the next epoch may use
         self._newest = ""
         self._compiling: set[asyncio.Task[None]] = set()
-        self._epoch: frames.EpochOf | None = None
+        self._epoch: frames.Install | None = None
         self._server: Server | None = None
-        self._told: Counts | None = None
+        self._reported: Counts | None = None
 
-    def hear(self, message: frames.PolicyText | frames.EpochOf | frames.Ask | frames.Refreshed) -> None:
-        """Do as the owner says."""
+    def receive(self, message: frames.PolicyText | frames.Install | frames.Poll | frames.Refreshed) -> None:
+        """Handle one message."""
         match message:
             case frames.PolicyText():
                 self._newest = message.digest
-                self._forget()
+                self._drop_policies()
                 task = asyncio.create_task(self._compile(message))
                 self._compiling.add(task)
                 task.add_done_callback(self._compiled)
-            case frames.EpochOf():
+            case frames.Install():
                 self._epoch = message
-                self._take_over()
-            case frames.Ask():
-                self.tell(message.order)
+                self._install()
+            case frames.Poll():
+                self.report_counts(message.order)
             case frames.Refreshed():
                 self._keys.refreshed(message.issuer)
 
     async def listen(self) -> None:
-        """Take checks; OSError if the address cannot be had."""
+        """Accept checks. OSError if it cannot listen on the address."""
         handlers = self._authorization.handlers()
         server = Server(self._start.listen, handlers, max_concurrent=self._start.max_concurrent)
         gc.collect()
-        gc.freeze()  # as the owner does
+        gc.freeze()  # what exists now is long-lived: later collections need not traverse it
         await server.start()
         self._server = server
         self._send(frames.Listening())
 
     async def stop(self, drain: float) -> None:
-        """Take no more checks, finish those that run, tell the last counts."""
+        """Refuse new checks, finish running ones within `drain` seconds, and report the final counts."""
         if self._server is not None:
             await self._server.stop(drain)
-        self.tell(0)
+        self.report_counts(0)
 
-    def leave(self) -> None:
-        """Remove the socket: the process ends without closing it."""
+    def remove_socket(self) -> None:
+        """Remove the socket's file, which an exit without `stop` would leave behind."""
         path = unix_path(self._start.listen)
         if path is not None and self._server is not None:
             path.unlink(missing_ok=True)
 
-    def tell(self, order: int) -> None:
-        """Tell the counts, if they are others than those told last."""
+    def report_counts(self, order: int) -> None:
+        """Answer poll `order` with the counts, or with None if they are unchanged since the last report."""
         counts = counted(self._tally, self._caches, self._authorization.epoch.snapshot)
-        self._send(frames.Told(order, None if counts == self._told else counts))
-        self._told = counts
+        self._send(frames.Counted(order, None if counts == self._reported else counts))
+        self._reported = counts
 
     async def _compile(self, message: frames.PolicyText) -> None:
         if message.digest not in self._policies:
             path = Path(message.path)
-            # The owner has read the files with keys, and sends the keys.
-            made = await asyncio.to_thread(parse_policy, message.text, path.name, path.parent, key_files=False)
-            self._policies[message.digest] = made
-            self._forget()
+            # The owner reads the key files, and sends the keys.
+            policy = await asyncio.to_thread(parse_policy, message.text, path.name, path.parent, key_files=False)
+            self._policies[message.digest] = policy
+            self._drop_policies()
         self._send(frames.Compiled(message.digest))
-        self._take_over()
+        self._install()
 
     def _compiled(self, task: asyncio.Task[None]) -> None:
         self._compiling.discard(task)
@@ -178,13 +178,13 @@ class Worker:
             log.error("the owner's policy cannot be compiled here: %s", task.exception())
             _end(self, 1)
 
-    def _forget(self) -> None:
-        """Keep the policy of the newest epoch, and the one that was sent last."""
+    def _drop_policies(self) -> None:
+        """Drop all policies but the newest epoch's and the one received last."""
         kept = {self._newest, self._epoch.policy if self._epoch else ""}
         self._policies = {digest: policy for digest, policy in self._policies.items() if digest in kept}
 
-    def _take_over(self) -> None:
-        """Decide by the newest epoch, once its policy is compiled."""
+    def _install(self) -> None:
+        """Switch to the newest epoch if its policy is compiled."""
         epoch = self._epoch
         policy = self._policies.get(epoch.policy) if epoch else None
         if epoch is None or policy is None:
@@ -194,19 +194,22 @@ class Worker:
             keys = {issuer: tuple(map(jwk.key_of_text, texts)) for issuer, texts in epoch.keys.items()}
             active = Epoch.of(self._caches.snapshot(policy, keys, epoch.epoch), epoch.lease_epoch)
         self._authorization.epoch = dataclasses.replace(active, grants=epoch.grants)
-        self._forget()
+        self._drop_policies()
         self._send(frames.Installed(epoch.order, epoch.epoch))
 
 
-class _OwnersKeys:
-    """The owner's key store, as far as a check needs it: fresh keys of an issuer, on request."""
+class _OwnerKeys:
+    """The part of the owner's key store that a check needs: fresh keys of an issuer, on request."""
 
     def __init__(self, send: Callable[[frames.ToOwner], object]) -> None:
         self._send = send
         self._waiting: dict[str, asyncio.Future[None]] = {}
 
     async def refresh(self, issuer: str) -> bool:
-        """Ask the owner for newer keys and wait for its answer; the caller bounds that. One question at a time."""
+        """Ask the owner for newer keys and wait for its answer. The caller bounds the wait.
+
+        At most one request per issuer is in flight.
+        """
         waiting = self._waiting.get(issuer)
         if waiting is None:
             waiting = self._waiting[issuer] = asyncio.get_running_loop().create_future()
@@ -215,7 +218,7 @@ class _OwnersKeys:
         return True
 
     def refreshed(self, issuer: str) -> None:
-        """The owner has answered: its newer keys, if any, are in force here."""
+        """Take the owner's answer: newer keys, if any, are already installed here."""
         waiting = self._waiting.pop(issuer, None)
         if waiting is not None:
             waiting.set_result(None)

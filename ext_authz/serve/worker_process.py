@@ -1,4 +1,4 @@
-"""One worker as its owner sees it: the process, the socket to it, and what it has said."""
+"""One worker as its owner sees it: the process, the socket to it, and its latest reports."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 from ext_authz.observe.counts import Counts
 
-START_TIMEOUT = 120.0  # seconds until a worker must be ready to listen; many of them share the machine's cores
-INSTALL_TIMEOUT = 2.0  # seconds to take over an epoch
-ANSWER_TIMEOUT = 3.0  # seconds to answer anything at all
+START_TIMEOUT = 120.0  # seconds from a worker's start until it must be ready to listen; workers share the CPU cores
+INSTALL_TIMEOUT = 2.0  # seconds to install an epoch
+ANSWER_TIMEOUT = 3.0  # seconds to answer a poll
 
 
 @dataclass(eq=False, slots=True)
-class Place:
-    """A worker's socket, and the counts of those that were there before."""
+class Slot:
+    """The place of one worker: its socket's path, and the counts of the workers that had the slot before."""
 
     number: int
     path: Path
@@ -31,13 +31,14 @@ class Place:
 
 @dataclass(eq=False, slots=True)
 class WorkerProcess:
-    """One process. `listens` from when it is told to: from then on it may be deciding.
+    """One process. `listens` is true once the owner has sent Listen: from then on it may be deciding.
 
-    Times are those of `time.monotonic`; `asked` None: there is nothing to wait for. `owed` are the epochs that it has
-    been told to take over and has not, oldest first, with the time of each.
+    Times are from `time.monotonic`. `polled_at` is the time of the oldest poll without an answer, None if there is
+    none; `answered` is the newest poll that it answered. `pending` has the epochs sent but not yet installed, oldest
+    first, with the time of each.
     """
 
-    place: Place
+    slot: Slot
     process: subprocess.Popen[bytes]
     writer: asyncio.StreamWriter
     began: float
@@ -46,38 +47,38 @@ class WorkerProcess:
     compiled: set[str] = field(default_factory=set)
     installed: int = 0
     epoch: int = 0
-    told: int = 0
-    owed: dict[int, float] = field(default_factory=dict)
-    asked: float | None = None
+    answered: int = 0
+    pending: dict[int, float] = field(default_factory=dict)
+    polled_at: float | None = None
     counts: Counts = field(default_factory=Counts)
 
     def send(self, data: bytes) -> None:
         if not self.writer.is_closing():
             self.writer.write(data)
 
-    def wait_anew(self, now: float) -> None:
-        """What it has said meanwhile may not have been heard."""
-        self.owed = dict.fromkeys(self.owed, now)
-        self.asked = self.asked and now
+    def reset_deadlines(self, now: float) -> None:
+        """Restart its timeouts: its answers may still be unread."""
+        self.pending = dict.fromkeys(self.pending, now)
+        self.polled_at = self.polled_at and now
 
-    def has_installed(self, order: int, epoch: int) -> None:
-        """It has taken over that one, and so owes none before it."""
+    def record_installed(self, order: int, epoch: int) -> None:
+        """Record that it has installed epoch `order`, and so none before it is pending."""
         self.installed, self.epoch = order, epoch
-        self.owed = {later: since for later, since in self.owed.items() if later > order}
+        self.pending = {later: since for later, since in self.pending.items() if later > order}
 
-    def late(self, now: float) -> str | None:
-        """Why it is not to be waited for any longer."""
+    def overdue(self, now: float) -> str | None:
+        """Which timeout it has exceeded; None if none."""
         if not self.listens:
             return f"was not ready in {START_TIMEOUT:g} s" if now - self.began > START_TIMEOUT else None
-        if self.owed and now - next(iter(self.owed.values())) > INSTALL_TIMEOUT:
-            return f"did not take over an epoch in {INSTALL_TIMEOUT:g} s"
-        if self.asked is not None and now - self.asked > ANSWER_TIMEOUT:
+        if self.pending and now - next(iter(self.pending.values())) > INSTALL_TIMEOUT:
+            return f"did not install an epoch in {INSTALL_TIMEOUT:g} s"
+        if self.polled_at is not None and now - self.polled_at > ANSWER_TIMEOUT:
             return f"has not answered for {ANSWER_TIMEOUT:g} s"
         return None
 
 
 def spawn(listen: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A new worker, and this side of its socket. Its modules come from where this process has them from."""
+    """A new worker, and this side of its socket. It has the same module search path as this process."""
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-P", "-m", "ext_authz.serve.worker", str(listen)]
@@ -87,16 +88,16 @@ def spawn(listen: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def reported(place: Place, worker: WorkerProcess | None) -> dict[str, Any]:
-    """A place and who is there, for `/status`."""
-    past = place.past.checks
+def slot_report(slot: Slot, worker: WorkerProcess | None) -> dict[str, Any]:
+    """The `/status` entry for a slot and the worker in it, if there is one."""
+    past = slot.past.checks
     if worker is None:
         return {
-            "worker": place.number, "pid": None, "age_seconds": None, "serving": False, "epoch": None,
-            "checks": past, "restarts": place.restarts,
+            "worker": slot.number, "pid": None, "age_seconds": None, "serving": False, "epoch": None,
+            "checks": past, "restarts": slot.restarts,
         }  # fmt: skip
     return {
-        "worker": place.number, "pid": worker.process.pid, "age_seconds": round(time.monotonic() - worker.began, 3),
+        "worker": slot.number, "pid": worker.process.pid, "age_seconds": round(time.monotonic() - worker.began, 3),
         "serving": worker.serving, "epoch": worker.epoch, "checks": past + worker.counts.checks,
-        "restarts": place.restarts,
+        "restarts": slot.restarts,
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""The owner's side of `srp serve --workers`: processes that decide by the same epochs, each on a socket of its own.
+"""The owner's side of `srp serve --workers`: processes that decide by the same epochs, each on its own socket.
 
-A worker listens only when it decides by the newest epoch, and must take over every later one within INSTALL_TIMEOUT
-seconds, or it is killed: once `settled` returns, no process decides by an older one. A worker that ends is replaced.
+A worker listens only after it has installed the newest epoch. It must install every later epoch within INSTALL_TIMEOUT
+seconds or it is killed, so once `settled` returns, no process decides by an older one. A worker that ends is replaced.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from ext_authz.serve import frames, worker_process
 from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.frames import BadFrame
 from ext_authz.serve.server import unix_path
-from ext_authz.serve.worker_process import Place, WorkerProcess, reported
+from ext_authz.serve.worker_process import Slot, WorkerProcess, slot_report
 from ext_authz.settings import Settings
 
-COMPILE_TIMEOUT = 30.0  # seconds to compile a policy that the owner has compiled already
+COMPILE_TIMEOUT = 30.0  # seconds to compile a policy, which the owner has already compiled
 REPORT_WAIT = 1.0  # seconds that a report waits for the newest counts
-COUNTS_INTERVAL = 1.0  # seconds between two requests for counts
-WATCH_INTERVAL = 0.1  # seconds between two checks for workers that are late
-STALL = 1.0  # seconds between two checks which show that the owner itself was delayed
+COUNTS_INTERVAL = 1.0  # seconds between polls for counts
+WATCH_INTERVAL = 0.1  # seconds between checks for workers that exceed a timeout
+STALL = 1.0  # seconds; a longer gap between those checks means that the owner itself was delayed
 BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds before a worker is replaced
-STEADY_LIFE = 10.0  # seconds after which the end of a worker no longer counts as a repeated failure
+STEADY_LIFE = 10.0  # seconds; if a worker lived longer, its end is not a repeated failure
 STOP_MARGIN = 2.0  # seconds beyond the drain that a worker has to end
 
 log = logging.getLogger("srp.workers")
 
 
 class Workers:
-    """The workers of one server. `refresh` looks for newer keys of an issuer. Without places it does nothing."""
+    """The workers of one server. `refresh` gets newer keys of an issuer. Without workers, it does nothing."""
 
     def __init__(self, settings: Settings, refresh: Callable[[str], Awaitable[object]]) -> None:
         self._settings = settings
         self._refresh = refresh
-        self._places = [Place(n, path) for n, path in enumerate(sockets(settings)[1:], 1)]
-        self._living: set[WorkerProcess] = set()
+        self._slots = [Slot(n, path) for n, path in enumerate(sockets(settings)[1:], 1)]
+        self._alive: set[WorkerProcess] = set()
         self._running: asyncio.Task[None] | None = None
         self._refreshing: set[asyncio.Task[None]] = set()
-        self._policies: dict[str, bytes] = {}  # framed, by digest: of the newest epoch, and the one to come
+        self._policies: dict[str, bytes] = {}  # framed, by digest: the newest epoch's and the next one's
         self._newest = ""
-        self._epoch: frames.EpochOf | None = None
+        self._epoch: frames.Install | None = None
         self._order = 0
-        self._asked = 0
+        self._polls = 0
         self._progress = asyncio.Event()
         self._stopping = False
 
     def start(self) -> None:
-        """Have the processes, from now until `stop`."""
-        if self._places:
+        """Keep a worker running in each slot until `stop`."""
+        if self._slots:
             self._running = asyncio.create_task(self._run())
 
     async def ended(self) -> None:
-        """Until nobody looks after the processes any more. Before `stop` that is a fault, which it raises."""
+        """Return when the workers are no longer supervised. If that is due to an error, raise it."""
         if self._running is None:
             await asyncio.Event().wait()
         else:
             await asyncio.shield(self._running)
 
     async def prepare(self, digest: str, text: bytes, path: Path) -> None:
-        """Have a policy compiled, so that an epoch of it can be taken over at once. The wait is bounded."""
-        if not self._places:
+        """Make the workers compile a policy, so that they can install its epoch at once. The wait is bounded."""
+        if not self._slots:
             return
         self._newest = digest
         self._policies[digest] = _policy_frame(digest, text, path)
-        self._forget()
-        for worker in self._living:
+        self._drop_policies()
+        for worker in self._alive:
             worker.compiled.discard(digest)
             worker.send(self._policies[digest])
         if not await self._until(lambda: all(digest in w.compiled for w in self._deciding()), COMPILE_TIMEOUT):
@@ -80,122 +80,123 @@ class Workers:
                 self._kill(worker, f"did not compile policy {digest} in {COMPILE_TIMEOUT:g} s")
 
     def install(self, epoch: Epoch) -> None:
-        """Have every worker decide by `epoch`."""
-        if not self._places:
+        """Send `epoch` to every worker."""
+        if not self._slots:
             return
         self._order += 1
         snapshot = epoch.snapshot
         keys = {issuer: tuple(map(jwk.key_text, found)) for issuer, found in snapshot.keys.items()}
-        self._epoch = frames.EpochOf(
+        self._epoch = frames.Install(
             self._order, snapshot.epoch, snapshot.policy.digest, keys, epoch.lease_epoch, epoch.grants
         )
-        self._forget()
+        self._drop_policies()
         data, now = frames.frame(self._epoch), time.monotonic()
-        for worker in self._living:
+        for worker in self._alive:
             worker.send(data)
-            worker.owed[self._order] = now
+            worker.pending[self._order] = now
 
     async def settled(self) -> None:
-        """Until no worker decides by an older epoch than the newest."""
+        """Return when no worker decides by an epoch older than the newest."""
         await self._until(self._is_settled)
 
     async def refresh(self) -> None:
-        """Until the counts are of now, and everybody decides by the newest epoch; for REPORT_WAIT seconds at most."""
-        asked = self._deciding()
-        order = self._ask()
+        """Wait for up-to-date counts, and until all workers use the newest epoch; at most REPORT_WAIT seconds."""
+        polled = self._deciding()
+        order = self._poll()
         await self._until(
-            lambda: self._is_settled() and all(w.told >= order or w not in self._living for w in asked), REPORT_WAIT
+            lambda: self._is_settled() and all(w.answered >= order or w not in self._alive for w in polled),
+            REPORT_WAIT,
         )
 
     async def stop(self, drain: float) -> None:
-        """Have the workers finish their checks, for `drain` seconds, and end; those that do not are killed."""
+        """Stop the workers. They may finish their checks for `drain` seconds; those that do not end are killed."""
         self._stopping = True
-        for worker in list(self._living):
+        for worker in list(self._alive):
             if worker.listens:
                 worker.send(frames.frame(frames.Stop(drain)))
             else:
                 worker.process.kill()
-        await self._until(lambda: not self._living, drain + STOP_MARGIN)
+        await self._until(lambda: not self._alive, drain + STOP_MARGIN)
         tasks = list(filter(None, (self._running, *self._refreshing)))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def counts(self) -> Counts:
-        """All that workers have counted, as they last told: the living and those before them."""
-        return add_up([*(p.past for p in self._places), *(w.counts for w in self._living)])
+        """The total over all workers, current and past, as of their last reports."""
+        return add_up([*(s.past for s in self._slots), *(w.counts for w in self._alive)])
 
     @property
     def restarts(self) -> int:
-        return sum(p.restarts for p in self._places)
+        return sum(s.restarts for s in self._slots)
 
     @property
     def serving(self) -> int:
-        """How many take checks."""
-        return sum(w.serving for w in self._living)
+        """How many workers accept checks."""
+        return sum(w.serving for w in self._alive)
 
     def report(self) -> list[dict[str, Any]]:
-        """Each worker, for `/status`; `checks` are those of its predecessors, too."""
-        living = {w.place: w for w in self._living}
-        return [reported(place, living.get(place)) for place in self._places]
+        """Each worker's entry for `/status`; `checks` includes its predecessors' checks."""
+        alive = {w.slot: w for w in self._alive}
+        return [slot_report(slot, alive.get(slot)) for slot in self._slots]
 
     # ---- one worker ----
 
-    async def _keep(self, place: Place) -> None:
-        """Have a worker at `place`, and another when it ends."""
+    async def _keep(self, slot: Slot) -> None:
+        """Run a worker in `slot`, and replace it when it ends."""
         backoff = BACKOFF
         while not self._stopping:
             began = time.monotonic()
-            why = await self._live(place)
+            why = await self._run_worker(slot)
             if self._stopping:
                 return
             lived = time.monotonic() - began
             backoff = BACKOFF if lived >= STEADY_LIFE else backoff
-            place.restarts += 1
-            log.warning("worker %d ended after %.1f s (%s); another comes in %g s", place.number, lived, why, backoff)
+            slot.restarts += 1
+            log.warning("worker %d ended after %.1f s (%s); restarting in %g s", slot.number, lived, why, backoff)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF)
 
-    async def _live(self, place: Place) -> str:
-        """The life of one worker; how it ended."""
+    async def _run_worker(self, slot: Slot) -> str:
+        """Run one worker from start to end; return why it ended."""
         try:
-            process, link = await asyncio.to_thread(worker_process.spawn, place.path)
+            process, link = await asyncio.to_thread(worker_process.spawn, slot.path)
         except OSError as e:
-            return f"it cannot be started: {e}"
+            return f"cannot start it: {e}"
         try:
             reader, writer = await asyncio.open_unix_connection(sock=link)
         except OSError as e:
             process.kill()
             await asyncio.to_thread(process.wait)
-            return f"it cannot be spoken to: {e}"
-        worker = WorkerProcess(place, process, writer, time.monotonic())
-        self._living.add(worker)
-        why = "it left"
+            return f"cannot connect to it: {e}"
+        worker = WorkerProcess(slot, process, writer, time.monotonic())
+        self._alive.add(worker)
+        why = "it exited"
         try:
             if self._stopping:
                 process.kill()
-            self._introduce(worker)
+            self._send_state(worker)
             while (message := await frames.read_to_owner(reader)) is not None:
-                self._hear(worker, message)
+                self._receive(worker, message)
         except BadFrame as e:
             why = str(e)
-        except Exception as e:  # noqa: BLE001 - whatever went wrong, it is replaced
+        except Exception as e:  # noqa: BLE001 - after any error the worker is replaced
             why = type(e).__name__
         finally:
             process.kill()
             code = await asyncio.shield(asyncio.to_thread(process.wait))
-            self._living.discard(worker)
-            place.past = add_up([place.past, ended(worker.counts)])
+            self._alive.discard(worker)
+            slot.past = add_up([slot.past, ended(worker.counts)])
             if worker.serving:
-                place.path.unlink(missing_ok=True)
+                slot.path.unlink(missing_ok=True)
             writer.close()
             self._progress.set()
         return f"{why}, status {code}"
 
-    def _introduce(self, worker: WorkerProcess) -> None:
+    def _send_state(self, worker: WorkerProcess) -> None:
         settings = self._settings
         start = frames.Start(
-            worker.place.number, f"unix:{worker.place.path}", settings.max_concurrent, settings.cached_tokens,
+            worker.slot.number, f"unix:{worker.slot.path}", settings.max_concurrent, settings.cached_tokens,
             settings.cached_decisions, settings.log_level,
         )  # fmt: skip
         worker.send(frames.frame(start))
@@ -204,17 +205,17 @@ class Workers:
         if self._epoch is not None:
             worker.send(frames.frame(self._epoch))
 
-    def _hear(self, worker: WorkerProcess, message: frames.ToOwner) -> None:
+    def _receive(self, worker: WorkerProcess, message: frames.ToOwner) -> None:
         match message:
             case frames.Compiled():
                 worker.compiled.add(message.digest)
             case frames.Installed():
-                self._has_installed(worker, message)
+                self._installed(worker, message)
             case frames.Listening():
                 worker.serving = True
-                log.info("worker %d (pid %d) listens", worker.place.number, worker.process.pid)
-            case frames.Told():
-                worker.asked, worker.told = None, max(worker.told, message.order)
+                log.info("worker %d (pid %d) listens", worker.slot.number, worker.process.pid)
+            case frames.Counted():
+                worker.polled_at, worker.answered = None, max(worker.answered, message.order)
                 worker.counts = message.counts or worker.counts
             case frames.Refresh():
                 task = asyncio.create_task(self._refresh_for(worker, message.issuer))
@@ -222,8 +223,8 @@ class Workers:
                 task.add_done_callback(self._refreshing.discard)
         self._progress.set()
 
-    def _has_installed(self, worker: WorkerProcess, message: frames.Installed) -> None:
-        worker.has_installed(message.order, message.epoch)
+    def _installed(self, worker: WorkerProcess, message: frames.Installed) -> None:
+        worker.record_installed(message.order, message.epoch)
         if message.order == self._order and not worker.listens and not self._stopping:
             worker.listens = True
             worker.send(frames.frame(frames.Listen()))
@@ -238,53 +239,53 @@ class Workers:
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for place in self._places:
-                group.create_task(self._keep(place))
+            for slot in self._slots:
+                group.create_task(self._keep(slot))
             group.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Ask for counts, and end whoever is late. No more of that once they are to stop."""
-        asked, looked = 0.0, time.monotonic()
+        """Poll for counts and kill workers that exceed a timeout, until `stop`."""
+        polled, checked = 0.0, time.monotonic()
         while not self._stopping:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
-            if now - asked >= COUNTS_INTERVAL:
-                asked = now
-                self._ask()
-            for worker in list(self._living):
-                if now - looked > STALL:
-                    worker.wait_anew(now)
-                if why := worker.late(now):
+            if now - polled >= COUNTS_INTERVAL:
+                polled = now
+                self._poll()
+            for worker in list(self._alive):
+                if now - checked > STALL:
+                    worker.reset_deadlines(now)
+                if why := worker.overdue(now):
                     self._kill(worker, why)
-            looked = now
+            checked = now
 
-    def _ask(self) -> int:
-        self._asked += 1
-        data, now = frames.frame(frames.Ask(self._asked)), time.monotonic()
+    def _poll(self) -> int:
+        self._polls += 1
+        data, now = frames.frame(frames.Poll(self._polls)), time.monotonic()
         for worker in self._deciding():
             worker.send(data)
-            if worker.asked is None:
-                worker.asked = now
-        return self._asked
+            if worker.polled_at is None:
+                worker.polled_at = now
+        return self._polls
 
     def _kill(self, worker: WorkerProcess, why: str) -> None:
         if worker.process.poll() is None:
-            log.error("worker %d (pid %d) %s: killed", worker.place.number, worker.process.pid, why)
+            log.error("worker %d (pid %d) %s: killed", worker.slot.number, worker.process.pid, why)
             worker.process.kill()
 
     def _deciding(self) -> list[WorkerProcess]:
-        return [w for w in self._living if w.listens]
+        return [w for w in self._alive if w.listens]
 
     def _is_settled(self) -> bool:
         return all(w.installed == self._order for w in self._deciding())
 
-    def _forget(self) -> None:
-        """Keep the text of the newest epoch's policy, and of the one that may come."""
+    def _drop_policies(self) -> None:
+        """Drop all policies but the newest epoch's and the one prepared last."""
         kept = {self._newest, self._epoch.policy if self._epoch else ""}
         self._policies = {digest: data for digest, data in self._policies.items() if digest in kept}
 
     async def _until(self, done: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Wait until `done()`, which is asked whenever a worker says something or ends; whether it is."""
+        """Wait until `done()` is true. It is evaluated after each message and each worker's end. Returns its result."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not done():
@@ -294,7 +295,7 @@ class Workers:
 
 
 def sockets(settings: Settings) -> Sequence[Path]:
-    """Where the owner and its workers listen, the owner first; nothing if it has none."""
+    """The sockets of the owner and its workers, the owner's first; empty if there are no workers."""
     path = unix_path(settings.listen)
     if path is None or settings.workers == 1:
         return ()

@@ -1,1 +1,1 @@
-"""What is fetched or watched: the issuers' keys, and files that somebody else replaces."""
+"""What is fetched or watched: the issuers' keys, and files that other programs replace."""

@@ -1,4 +1,4 @@
-"""HTTP requests of our own: bounded, and trusting nothing but what the caller names."""
+"""Outgoing HTTP requests: bounded, and trusting only what the caller names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import aiohttp
 
 
 def session_for(timeout: float) -> aiohttp.ClientSession:
-    """No cookies, no proxy from the environment, a new connection (and name look-up) each time."""
+    """No cookies, no proxy from the environment, a new connection and DNS look-up each time; `timeout` in seconds."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
         timeout=aiohttp.ClientTimeout(total=timeout),
@@ -17,7 +17,7 @@ def session_for(timeout: float) -> aiohttp.ClientSession:
 
 
 async def body_of(response: aiohttp.ClientResponse, most: int) -> bytes | None:
-    """The body, None if it is of over `most` bytes: no more of it is read then."""
+    """The body; None if it has more than `most` bytes, and then the rest is not read."""
     body = bytearray()
     async for chunk in response.content.iter_chunked(16 * 1024):
         body += chunk

@@ -1,4 +1,4 @@
-"""Where an issuer's keys are read from: a URL over aiohttp, or a file. Bounded in size and time, and never trusting.
+"""Reads an issuer's keys from a URL, with aiohttp, or from a file. Bounded in size and time, and trusts nothing.
 
 No redirect, no cookie, no proxy, no compression; https, or http to this host's loopback only.
 """
@@ -19,11 +19,11 @@ from ext_authz.sources.http import body_of
 
 
 class SourceError(Exception):
-    """A source gave no keys. Its text goes to logs and `/status`: never a byte of what was read."""
+    """A source gave no keys. The text goes to logs and `/status`, so it never contains a byte of what was read."""
 
 
 async def fetch(session: aiohttp.ClientSession, source: JwksSource, text: str) -> bytes:
-    """The body at the URL: status 200, at most MAX_BYTES, no redirect, no compression to blow up."""
+    """The body at the URL: status 200, at most MAX_BYTES, no redirect, no compression; otherwise SourceError."""
     try:
         url = jwks_url(text)
     except ValueError as e:
@@ -70,7 +70,7 @@ def _bearer_token(file: str) -> str:
 def read_file(path: str) -> bytes:
     file = Path(path)
     try:
-        # A FIFO would hold its thread for ever.
+        # A FIFO would block its thread forever.
         if not stat.S_ISREG(file.stat().st_mode):
             raise SourceError("is not a regular file")
         with file.open("rb") as stream:

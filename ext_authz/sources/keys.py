@@ -1,7 +1,7 @@
-"""The keys of every issuer, kept fresh in the background. No request ever waits for more than an unknown `kid`.
+"""The keys of every issuer, refreshed in the background. A request waits for them only if a key it needs is missing.
 
-The good keys of before outlive any failure to get new ones, for as long as the policy names their source: to stop
-trusting an issuer, take it out of the policy. `KeyStore.keys` is replaced whole, never changed.
+Good keys survive any failure to get new ones, as long as the policy names their source: to stop trusting an issuer,
+remove it from the policy. `KeyStore.keys` is replaced as a whole, never changed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ log = logging.getLogger("srp.keys")
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long and how often, all in seconds. `first_wait` bounds `follow`, `refresh_wait` bounds `refresh`.
+    """Timeouts and intervals, all in seconds. `first_wait` bounds `follow`, `refresh_wait` bounds `refresh`.
 
-    `refresh_apart` is the least time between two fetches that unknown key ids cause, for each issuer.
+    `refresh_apart` is the minimum time between two fetches that unknown key ids cause, for each issuer.
     """
 
     fetch_timeout: float = 5.0
@@ -46,7 +46,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class KeyStatus:
-    """One issuer's keys: how many, `age` in seconds since they were last read well (None: never), and how it went.
+    """One issuer's keys: how many, `age` in seconds since the last successful read (None: never), and the last error.
 
     `fetches` counts attempts to read them, from URL or file; `failures` those that failed.
     """
@@ -92,9 +92,9 @@ class KeyStore:
         return self._version
 
     async def follow(self, issuers: Iterable[Issuer]) -> None:
-        """Have the keys of `issuers` and of no others; wait for the first attempt at each new source, within bounds.
+        """Follow `issuers` and no others; wait for the first attempt at each new source, at most `first_wait`.
 
-        Keys stay with an issuer whose file or URL stays. What is late comes in later, by itself.
+        An issuer whose file or URL is unchanged keeps its keys. Slow sources are loaded later, in the background.
         """
         async with self._lock:
             followed = {i.issuer: self._follow(i) for i in issuers}
@@ -117,9 +117,9 @@ class KeyStore:
                 await _stop(gone)
 
     async def refresh(self, issuer: str) -> bool:
-        """Look for newer keys of `issuer`, as a `kid` is unknown; whether they changed. The wait is bounded.
+        """Look for newer keys of `issuer`, because a `kid` is unknown; whether they changed. The wait is bounded.
 
-        Callers share one fetch. Soon after the last one it answers at once: unknown ids cost the issuer little.
+        Callers share one fetch. Soon after the last one, it returns at once: unknown ids cost the issuer little.
         """
         followed = self._followed.get(issuer)
         if followed is None:
@@ -129,11 +129,11 @@ class KeyStore:
         return self._keys.get(issuer) is not before
 
     def status(self) -> tuple[KeyStatus, ...]:
-        """How each followed issuer stands, in the policy's order."""
+        """The status of each followed issuer, in the policy's order."""
         return tuple(f.status for f in self._followed.values())
 
     async def close(self) -> None:
-        """End every task and connection. `keys` stay as they are, for the requests still under way."""
+        """End every task and connection. `keys` does not change: requests in flight still need it."""
         async with self._lock:
             gone, self._followed = list(self._followed.values()), {}
             await _stop(gone)
@@ -159,7 +159,7 @@ class KeyStore:
 
 @dataclass(slots=True)
 class _Record:
-    """What is known of one place that keys come from. Outlives a change of how the place is read."""
+    """What is known about one place that keys come from. Survives a change in how the place is read."""
 
     keys: tuple[Key, ...] = ()
     digest: bytes = b""
@@ -208,21 +208,21 @@ class _Followed:
         return self._secret_file, self._jwks.file, self._jwks.url
 
     def serves(self, issuer: Issuer) -> bool:
-        """Whether it reads the keys of `issuer` from where, and as, `issuer` says."""
+        """Whether it reads keys from the place, and in the way, that `issuer` says."""
         return (self._secret_file, self._jwks) == (issuer.secret_file, issuer.jwks or JwksSource())
 
     def start(self) -> None:
         self._background = asyncio.create_task(self._keep_fresh())
 
     def cancel(self) -> list[asyncio.Task[None]]:
-        """Ask its tasks to end; the caller awaits them."""
+        """Cancel its tasks; the caller awaits them."""
         tasks = [t for t in (self._background, self._attempt) if t is not None]
         for task in tasks:
             task.cancel()
         return tasks
 
     async def refresh(self) -> None:
-        """Join the attempt in flight, or begin one if the last that began here is long enough ago."""
+        """Join the attempt in flight, or start one if the last one that started here is long enough ago."""
         if self._attempt is None or self._attempt.done():
             if self._clock() < self._record.next_refresh:
                 return
@@ -235,15 +235,15 @@ class _Followed:
             await asyncio.sleep(self._delay())
 
     def _delay(self) -> float:
-        """Jitter, so that many replicas do not ask their issuer all at once; after failures soon, then ever later."""
-        jitter = random.uniform(0.8, 1.0)  # noqa: S311 - spreads load, hides nothing
+        """Seconds until the next attempt: jitter spreads out many replicas; after failures, exponential backoff."""
+        jitter = random.uniform(0.8, 1.0)  # noqa: S311 - spreads load, is no secret
         if self._record.failed_in_row:
             backoff = 2.0 ** min(self._record.failed_in_row, 16)
             return min(self._interval, self._pace.max_backoff, backoff) * jitter
         return self._interval * jitter
 
     async def _load(self, wait: float | None = None) -> None:
-        """One attempt, shared by all who ask meanwhile. A caller that gives up or is cancelled does not end it."""
+        """One attempt, shared by all concurrent callers. A caller that gives up or is cancelled does not end it."""
         if self._attempt is None or self._attempt.done():
             self._attempt = asyncio.create_task(self._try())
         await asyncio.wait({self._attempt}, timeout=wait)
@@ -256,7 +256,7 @@ class _Followed:
             fresh = None if digest == self._record.digest else await asyncio.to_thread(self._parse, data)
         except SourceError as e:
             self._failed(str(e))
-        except Exception as e:  # noqa: BLE001 - the next attempt must come; the text may hold what was read
+        except Exception as e:  # noqa: BLE001 - the next attempt must happen; the text may contain what was read
             self._failed(type(e).__name__)
         else:
             self._succeeded(fresh, digest)
@@ -275,10 +275,10 @@ class _Followed:
             raise SourceError(str(e)) from None
 
     def _succeeded(self, fresh: tuple[Key, ...] | None, digest: bytes) -> None:
-        """`fresh` are the keys of a source that changed, None if it reads as it did."""
+        """`fresh` are the keys of a source that changed; None if it did not."""
         record = self._record
         if record.error is not None:
-            log.info("keys of %s: read again after %d failures", self._name, record.failed_in_row)
+            log.info("keys of %s: readable again after %d failures", self._name, record.failed_in_row)
         record.loaded_at, record.error, record.failed_in_row = self._clock(), None, 0
         if fresh is not None:
             record.keys, record.digest = fresh, digest
@@ -293,7 +293,7 @@ class _Followed:
         record.error = f"{self._place}: {error}"
         if record.failed_in_row == 1 or self._clock() - record.logged_at >= self._pace.log_apart:
             record.logged_at = self._clock()
-            state = f"the {len(record.keys)} of before stay" if record.keys else "it has none, its tokens are refused"
+            state = f"the good keys ({len(record.keys)}) stay" if record.keys else "its tokens are refused"
             log.warning("keys of %s: %s; %s", self._name, record.error, state)
 
 

@@ -1,4 +1,4 @@
-"""A file that somebody else replaces: read whole, and read again when it may have changed."""
+"""A file that other programs replace: read whole, and read again when it may have changed."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 from watchfiles import Change, awatch
 
-SETTLE_TIME = 0.02  # seconds a file must hold still before it is believed
-MAX_BYTES = 16 * 1024 * 1024  # that are read; who reads them has a lower limit
-POLL_INTERVAL = 5.0  # seconds between looks at the file, should a notification be lost
+SETTLE_TIME = 0.02  # seconds that a file must stay unchanged before it is used
+MAX_BYTES = 16 * 1024 * 1024  # that are read; the parsers have lower limits
+POLL_INTERVAL = 5.0  # seconds between checks of the file, in case a notification is lost
 
 
 class WatchedFile:
-    """The file at `path`, and its bytes when they were last read."""
+    """The file at `path`, and its bytes as they were last read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: bytes | None = None
 
     async def read(self) -> bytes | None:
-        """The bytes once they hold still, None if they are those of the last time; OSError if it cannot be read."""
-        before, self._seen = self._seen, None  # what comes after an error is news, even if it is what was there before
+        """The bytes, once they stop changing; None if they are the same as last time. OSError if it cannot be read."""
+        before, self._seen = self._seen, None  # after an error, even unchanged bytes are reported
         text = await asyncio.to_thread(_read, self.path)
         if text != before:
-            # Half a file may be a valid policy of another meaning.
+            # Half a file may be a valid policy with another meaning.
             for _ in range(50):
                 await asyncio.sleep(SETTLE_TIME)
                 again = await asyncio.to_thread(_read, self.path)
@@ -39,9 +39,9 @@ class WatchedFile:
         return None if text == before else text
 
     async def changes(self) -> AsyncIterator[None]:
-        """Comes round whenever the file may have changed, without end."""
+        """Yields whenever the file may have changed, without end."""
         while True:
-            # The folder, not the file: a ConfigMap swaps a symlink and editors rename, and neither shows in the file.
+            # The folder, not the file: ConfigMaps swap a symlink and editors rename, which a watch on a file misses.
             events = awatch(
                 self.path.parent, watch_filter=self._concerns, debounce=50, step=50, recursive=False,
                 rust_timeout=int(POLL_INTERVAL * 1000), yield_on_timeout=True,
@@ -49,17 +49,17 @@ class WatchedFile:
             with suppress(FileNotFoundError):
                 async for _ in events:
                     yield
-            await asyncio.sleep(POLL_INTERVAL)  # the folder is not there
+            await asyncio.sleep(POLL_INTERVAL)  # the folder does not exist
             yield
 
     def _concerns(self, _: Change, path: str) -> bool:
-        """Whether a change in the folder may be one of the file: its own name, or a ConfigMap's `..data`."""
+        """Whether a change in the folder may affect the file: its own name, or a ConfigMap's `..data`."""
         name = Path(path).name
         return name == self.path.name or name.startswith("..")
 
 
 def _read(path: Path) -> bytes:
-    """The start of a regular file. Anything else is an OSError: a FIFO would hold its thread, and the end, for ever."""
+    """The start of a regular file. OSError for anything else: a FIFO would block its thread, and shutdown, forever."""
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(f"{path} is not a regular file")

@@ -1,7 +1,7 @@
 """Envoy's configuration over ADS, state of the world (Envoy's page "xDS REST and gRPC protocol").
 
 Every Envoy that connects gets the resources in force, type by type in their order: the next type only when Envoy has
-acknowledged the one before. What one Envoy refuses is taken back at once, from it and from all the others.
+acknowledged the previous one. If one Envoy rejects an update, all Envoys get the previous resources back at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from ext_authz.wire.twin import twins
 
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
-MAX_TYPES = 16  # one stream may ask for; Envoy asks for three
+MAX_TYPES = 16  # that one stream may ask for; Envoy asks for three
 SETTLE_TIME = 0.1  # seconds that a new cluster gets for its first health check
 
 _TWINS = twins(DiscoveryRequest, DiscoveryResponse)
@@ -34,7 +34,7 @@ log = logging.getLogger("srp.xds")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """All that Envoy is to have: serialised messages by type URL, in the order in which the types are sent.
+    """Everything that Envoy should have: serialised messages by type URL, in the order in which the types are sent.
 
     The same content has the same version.
     """
@@ -69,9 +69,9 @@ class Publication:
 class Ads:
     """The ADS server's side of every stream.
 
-    `acknowledged` is the last version that all connected Envoys had. `last_error` is why an Envoy refused its
-    resources, None again when newer ones are accepted. `on_change` is called when an Envoy answers, comes or goes.
-    `fixed` are types that every Envoy gets before those that are published, and that never change.
+    `acknowledged` is the last version that all connected Envoys had. `last_error` is why an Envoy rejected its
+    resources, None again once newer ones are accepted. `on_change` is called when an Envoy answers, connects or
+    disconnects. `fixed` are types that never change, and that every Envoy gets before the published ones.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Ads:
         self._settle = settle
         self._fixed = fixed
         self._current: Resources | None = None
-        self._restored: str | None = None  # the version put back after a refusal; its ACK is no reason to forget that
+        self._restored: str | None = None  # the version restored after a NACK; its ACK does not clear the error
         self._streams: set[_Stream] = set()
         self._publishing = asyncio.Lock()
         self._progress = asyncio.Event()
@@ -95,14 +95,14 @@ class Ads:
         return len(self._streams)
 
     def agreed(self, url: str) -> str | None:
-        """The version that all Envoys which ask for this type have acknowledged; None if there is none, or several."""
+        """The version of this type that all Envoys asking for it have acknowledged; None if there is no single one."""
         versions = {s.acked(url) for s in self._streams if s.asks_for(url)}
         return versions.pop() if len(versions) == 1 else None
 
-    async def publish(self, resources: Resources, timeout: float = 2.0) -> Publication:  # noqa: ASYNC109 - told as TIMEOUT
+    async def publish(self, resources: Resources, timeout: float = 2.0) -> Publication:  # noqa: ASYNC109 - not raised
         """Send `resources` to the connected Envoys and wait, at most `timeout` seconds, until all of them have it.
 
-        It is in force from now on, for Envoys that connect later too; but NACKED puts back in force what was before.
+        They are in force from now on, also for Envoys that connect later. NACKED puts the previous ones back in force.
         """
         if self._fixed:
             resources = Resources.of({**self._fixed, **resources.types})
@@ -122,8 +122,8 @@ class Ads:
                 and before
                 and self._clusters(before) != self._clusters(resources)
             ):
-                # An ACK says that the main thread accepted. A new cluster takes requests after its first health
-                # check, and no message tells when that is; a living expert answers it within milliseconds.
+                # An ACK says that the main thread has accepted. A new cluster takes requests after its first health
+                # check, and no message reports that; a healthy expert answers it within milliseconds.
                 await asyncio.sleep(self._settle)
             return published
 
@@ -133,7 +133,7 @@ class Ads:
         return grpc.method_handlers_generic_handler(SERVICE, {"StreamAggregatedResources": method})
 
     async def close(self) -> None:
-        """End the streams, so that a server that stops need not wait for them."""
+        """End the streams, so that a server that stops does not wait for them."""
         self._closed = True
         self._wake()
 
@@ -154,7 +154,7 @@ class Ads:
         reader = asyncio.create_task(self._read(stream, requests))
         try:
             while not (self._closed or reader.done()):
-                # Looked up for each response: an Envoy that is slow to read is spared what is out of date.
+                # Looked up for each response, so that a slow Envoy does not get outdated resources.
                 response = stream.due(self._current) if self._current else None
                 if response is not None:
                     await context.write(response)
@@ -172,15 +172,15 @@ class Ads:
     async def _read(self, stream: _Stream, requests: AsyncIterator[bytes]) -> None:
         try:
             async for data in requests:
-                error = stream.hear(_Request.FromString(data))
-                self._heard(error)
+                error = stream.receive(_Request.FromString(data))
+                self._received(error)
                 stream.wake.set()
         except (DecodeError, ValueError) as e:
             log.warning("ending a stream: %s", e)
         finally:
             stream.wake.set()
 
-    def _heard(self, error: str | None) -> None:
+    def _received(self, error: str | None) -> None:
         self._progress.set()
         if error is not None:
             self.last_error = error
@@ -192,7 +192,7 @@ class Ads:
         self.on_change()
 
     def _clusters(self, resources: Resources) -> str | None:
-        """The version of the first type, which is the clusters': all that takes time to be of use after its ACK."""
+        """The version of the first published type, clusters: only they take time to become usable after their ACK."""
         return next((v for url, v in resources.versions.items() if url not in self._fixed), None)
 
     def _wake(self) -> None:
@@ -202,7 +202,7 @@ class Ads:
 
 @dataclass(slots=True)
 class _Subscription:
-    """One type on one stream: what Envoy asks for, what it was sent last and what it made of that."""
+    """One type on one stream: what Envoy asks for, what it was sent last, and how it answered."""
 
     names: tuple[str, ...]
     nonce: str = ""
@@ -219,18 +219,18 @@ class _Stream:
     _types: dict[str, _Subscription] = field(default_factory=dict)
     _nonce: int = 0
 
-    def hear(self, request: Any) -> str | None:
-        """Take in a request; Envoy's reason if it is a refusal."""
+    def receive(self, request: Any) -> str | None:
+        """Process a request; Envoy's reason if it is a NACK."""
         names = tuple(request.resource_names)
         subscription = self._types.get(request.type_url)
         if subscription is None:
-            # The first of its type. If it has a version, then from another stream; it is sent everything anew, which
+            # The first request for its type. A version in it comes from another stream. Everything is sent again, which
             # costs nothing: Envoy compares by content.
             if len(self._types) == MAX_TYPES:
                 raise ValueError("it asks for too many types")
             self._types[request.type_url] = _Subscription(names)
         elif request.response_nonce != subscription.nonce:
-            pass  # about a response that has been overtaken
+            pass  # about a response that has been superseded
         elif request.HasField("error_detail"):
             subscription.error = request.error_detail.message or "no reason given"
             return subscription.error
@@ -244,12 +244,12 @@ class _Stream:
         return url in self._types
 
     def acked(self, url: str) -> str | None:
-        """The version of this type that Envoy has acknowledged and that nothing newer was sent after."""
+        """The version of this type that Envoy has acknowledged; None if a newer one has been sent since."""
         subscription = self._types[url]
         return subscription.acked if subscription.acked == subscription.sent else None
 
     def due(self, resources: Resources) -> bytes | None:
-        """The next response to send, serialised; None while there is nothing to send or an answer to wait for."""
+        """The next response to send, serialised; None if there is nothing to send or an answer is pending."""
         for url, subscription in self._subscribed(resources):
             version = resources.versions[url]
             if subscription.sent != version:
@@ -264,12 +264,12 @@ class _Stream:
         return None
 
     def has(self, resources: Resources) -> bool:
-        """Whether Envoy has acknowledged all that it asked for."""
+        """Whether Envoy has acknowledged everything that it asked for."""
         subscribed = self._subscribed(resources)
         return bool(subscribed) and all(s.sent == s.acked == resources.versions[url] for url, s in subscribed)
 
     def refused(self, resources: Resources) -> str | None:
-        """Why Envoy refused one of `resources`, if it did."""
+        """Why Envoy rejected one of `resources`, if it did."""
         for url, subscription in self._subscribed(resources):
             if subscription.error is not None and subscription.sent == resources.versions[url]:
                 return subscription.error

@@ -1,4 +1,4 @@
-"""envoy/envoy.yaml for another place: the same file with other addresses, for the demo, tests and benchmarks."""
+"""envoy/envoy.yaml with other addresses, for the demo, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPT = "least_request.lua"
 
 
 def envoy_file(name: str) -> Path:
-    """The path of a file of envoy/, in an installed wheel or in a checkout. FileNotFoundError if it is in neither."""
+    """The path of a file in envoy/, from an installed wheel or a checkout. FileNotFoundError if it is in neither."""
     package = Path(__file__).parents[1]
     for folder in (package / "_envoy", package.parent / "envoy"):
         if (folder / name).is_file():
@@ -21,11 +21,11 @@ def envoy_file(name: str) -> Path:
 
 
 def bootstrap(template: str, *, listen: tuple[str, int], admin: tuple[str, int] | None, socket: str, lua: str) -> str:
-    """`template`, the text of envoy/envoy.yaml, with these places changed and nothing else.
+    """`template`, the text of envoy/envoy.yaml, with only these values changed.
 
     `listen` and `admin` are IP address and port; port 0 takes a free one, `admin` None leaves the admin listener out.
     `socket` is where ext_authz listens: a path, or `HOST:PORT` with an IP address. `lua` is the path of the script.
-    ValueError if the template lacks one of the places.
+    ValueError if the template lacks one of them.
     """
     config = yaml.safe_load(template)
     _set(config, ("static_resources", "listeners", "http", "address"), _tcp(listen))
@@ -51,7 +51,7 @@ def _set(config: Any, path: tuple[str | int, ...], value: Any) -> None:
 
 
 def _at(config: Any, path: tuple[str | int, ...]) -> Any:
-    """The value at `path`; a name in a list means the item of that `name`."""
+    """The value at `path`; a name in a list means the item with that `name`."""
     found = config
     for step in path:
         try:
@@ -65,7 +65,7 @@ def _at(config: Any, path: tuple[str | int, ...]) -> Any:
 
 
 def _scripts(node: Any) -> Iterator[dict[str, Any]]:
-    """Every data source that is the script's file."""
+    """Every data source that names the script's file."""
     if isinstance(node, dict):
         name = node.get("filename")
         if isinstance(name, str) and PurePosixPath(name).name == SCRIPT:

@@ -1,4 +1,4 @@
-"""Bytes to Request, Decision to bytes: the only room that knows Envoy's messages.
+"""From the bytes of a CheckRequest to a Request, and from a Decision to the bytes of a CheckResponse.
 
 Source: envoy.service.auth.v3 (`CheckRequest`, `CheckResponse`) and the header table in README.md.
 """
@@ -41,14 +41,14 @@ _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() lea
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _PREPARED = 1024  # decisions whose answers are cached
 _CACHED_SUBJECTS = 16_384
-_SHORT = 128  # characters of a subject that is cached
+_SHORT = 128  # characters; longer subjects are not cached
 MAX_RETRIES = 10
 _NONE: frozenset[str] = frozenset()
 _RETRY_SAFE = "connect-failure,refused-stream,reset-before-request"
 
 
 class Raw:
-    """An HTTP request with its headers as Envoy sent them. `fingerprint` stands for the path and the headers."""
+    """An HTTP request with its headers as Envoy sent them. `fingerprint` identifies the path and the headers."""
 
     __slots__ = ("_http", "fingerprint")
 
@@ -62,7 +62,7 @@ class Raw:
         return sent
 
     def request(self, wanted: frozenset[str] | None = None) -> Request:
-        """The request with its `wanted` headers, or all of them. ValueError if they cannot be read."""
+        """The request with its `wanted` headers (None: all). ValueError if they cannot be read."""
         try:
             sent = _HeaderMap.FromString(self._http.header_map).headers
         except DecodeError:
@@ -82,9 +82,9 @@ class Raw:
 
 
 def parse(data: bytes) -> Raw:
-    """The HTTP request inside a serialised CheckRequest. ValueError if it is none.
+    """The HTTP request inside a serialised CheckRequest. ValueError if it is not one.
 
-    Envoy sends `header_map` (`encode_raw_headers`): every header as it came, repeated ones one by one.
+    Envoy sends `header_map` (`encode_raw_headers`): every header as received, repeated ones separately.
     """
     try:
         http = _parse(data).attributes.request.http
@@ -92,18 +92,18 @@ def parse(data: bytes) -> Raw:
         raise ValueError("not a CheckRequest") from None
     head = http.header_map
     if not head and http.headers:
-        raise ValueError("the request came without raw headers: set `encode_raw_headers: true` on the ext_authz filter")
+        raise ValueError("the request has no raw headers: set `encode_raw_headers: true` on the ext_authz filter")
     return Raw(http, (http.path.partition("?")[0], blake2b(head, digest_size=32).digest()))
 
 
 def read(data: bytes) -> Request:
-    """The whole request inside a serialised CheckRequest. ValueError if it is none."""
+    """The whole request inside a serialised CheckRequest. ValueError if it is not one."""
     return parse(data).request()
 
 
 class Writer:
-    """Decisions of one policy to response bytes. The bytes of recent decisions are cached, all but ids and subjects:
-    they follow from policy and decision alone."""
+    """Turns the decisions of one policy into response bytes. The bytes of recent decisions are cached without ids and
+    subjects: the rest depends only on policy and decision."""
 
     __slots__ = ("_ids", "_lease_epoch", "_policy", "_prepared", "_ready", "_sentinel")
 
@@ -111,7 +111,7 @@ class Writer:
         """`lease_epoch` is the epoch that leases are granted in."""
         self._policy = policy
         self._lease_epoch = lease_epoch
-        # Stands for the id while a response is prepared; never sent, so nobody can smuggle it into a name.
+        # A placeholder for the id in prepared responses. It is never sent, so no caller can smuggle it into a name.
         self._sentinel = secrets.token_hex(8)
         self._ids = count(secrets.randbits(64))
         self._ready: list[str] = []
@@ -120,21 +120,22 @@ class Writer:
     def new_id(self) -> str:
         """An id for one decision."""
         if not self._ready:
-            # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look like a count.
+            # A random start and an odd multiplier: 64-bit numbers that do not repeat and do not look sequential.
             numbers = (n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF for n in islice(self._ids, 256))
             self._ready = [f"{n:016x}" for n in numbers]
         return self._ready.pop()
 
     def write(self, decision: Decision, decision_id: str | None = None, subject: str = "") -> bytes:
-        """A serialised CheckResponse with `decision_id`, or an id of its own, for a caller of that `subject`."""
+        """A serialised CheckResponse with `decision_id`, or a new id, for a caller with this `subject`."""
         parts = self._prepared.get(decision) or self._prepare(decision)
         answer = (decision_id or self.new_id()).encode().join(parts)
         if not decision.serve:
             return answer
-        return answer + (_whose(subject) if len(subject) <= _SHORT else _whose.__wrapped__(subject))
+        part = _subject_part if len(subject) <= _SHORT else _subject_part.__wrapped__
+        return answer + part(subject)
 
     def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "") -> bytes:
-        """As `write`, with leave for Envoy to repeat the decision until then (seconds since the epoch)."""
+        """As `write`, with a lease: Envoy may repeat the decision until `until` (seconds since the epoch)."""
         response = _CheckResponse.FromString(self.write(decision, decision_id, subject))
         lease = response.dynamic_metadata.fields["lease"].struct_value.fields
         lease["epoch"].string_value = self._lease_epoch
@@ -145,22 +146,22 @@ class Writer:
         return bytes(response.SerializeToString())
 
     def _prepare(self, decision: Decision) -> list[bytes]:
-        """The answer in the parts between which the id belongs."""
+        """The serialised answer, split where the id belongs."""
         build = _ok if decision.serve else _denied
         response = build(self._policy, decision, self._sentinel)
         parts: list[bytes] = response.SerializeToString().split(self._sentinel.encode())
         if len(self._prepared) >= _PREPARED:
-            self._prepared.clear()  # most requests have one of a few decisions, which are soon back
+            self._prepared.clear()  # most requests share a few decisions, which are soon cached again
         self._prepared[decision] = parts
         return parts
 
 
 @lru_cache(_CACHED_SUBJECTS)
-def _whose(subject: str) -> bytes:
-    """The caller's part of an answer. Appended to a serialised answer it becomes a part of it: protobuf merges
-    concatenated messages (its page "Encoding").
+def _subject_part(subject: str) -> bytes:
+    """The part of an answer that depends on the subject, to append to a serialised answer: protobuf merges concatenated
+    messages (its page "Encoding").
 
-    Without a subject, a client's own is removed: Envoy has done so already, this is the second lock.
+    Without a subject, it removes the client's own header. Envoy has already done so; this is a second safeguard.
     """
     response = _CheckResponse()
     if subject:
@@ -171,7 +172,7 @@ def _whose(subject: str) -> bytes:
 
 
 def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
-    """Everything but the caller's own part."""
+    """Everything except the part that depends on the subject."""
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
@@ -191,7 +192,7 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     if decision.standby:
         for option in ok.response_headers_to_add:
             if option.header.key in headers.DEPENDS_ON_WHO_ANSWERS:
-                option.append_action = _IF_ABSENT  # the route script has set them if a standby answered
+                option.append_action = _IF_ABSENT  # the route script has set them if a standby expert answered
     _add_metadata(response, answer)
     return response
 
@@ -226,7 +227,7 @@ def _denied(policy: Policy, decision: Decision, decision_id: str) -> Any:
 
 
 def _traffic(experts: list[Expert]) -> dict[str, str]:
-    """Envoy's per-request limits for this set of candidates: the most patient of them sets the timeout.
+    """Envoy's per-request limits for this set of candidates: the longest of their timeouts applies.
 
     A retry that repeats nothing (the connection failed) may go down the whole ladder; each rung can fail twice.
     """
@@ -244,7 +245,7 @@ def _traffic(experts: list[Expert]) -> dict[str, str]:
 
 
 def _add_metadata(response: Any, answer: Answer) -> None:
-    """Dynamic metadata for Envoy's access log, and for the route script who is on standby."""
+    """Dynamic metadata: facts for Envoy's access log, and for the route script the experts on standby."""
     fields = response.dynamic_metadata.fields
     for name, text in headers.metadata(answer).items():
         fields[name].string_value = text
@@ -253,7 +254,7 @@ def _add_metadata(response: Any, answer: Answer) -> None:
 
 
 def _set(options: Any, values: dict[str, str]) -> None:
-    """Each header once, overwriting any of its name. Envoy reads `value`, not `raw_value`, and appends by default."""
+    """Add headers that overwrite any of the same name. Envoy reads `value`, not `raw_value`, and appends by default."""
     for name, value in values.items():
         option = options.add(append_action=_OVERWRITE)
         option.header.key = name

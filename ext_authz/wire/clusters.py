@@ -1,16 +1,16 @@
-"""Policy to Envoy clusters: one for each expert, and the *ladders* that lead from one to the next.
+"""From a policy to Envoy clusters: one for each expert, and the *ladders* that lead from one to the next.
 
-A request may be served by any expert that its decision permits, and by no other. Which of them is idlest only the
-route script knows (envoy/least_request.lua); which of them is alive, only Envoy's health checks. The two meet in the
-ladders: aggregate clusters, whose rungs Envoy tries in order and whose dead rungs it skips.
+A request may be served by any expert that its decision permits, and by no other. Only the route script knows which of
+them is idlest (envoy/least_request.lua), and only Envoy's health checks know which are alive. Ladders combine the two:
+aggregate clusters, whose rungs Envoy tries in order, skipping dead ones.
 
     expert-a              expert A alone
-    expert-a~expert-b     A, else B, else the spare
-    expert-a~             A, else the spare: in policies of more than MAX_PAIRED experts, where pairs would be too many
-    ~spare                every endpoint once more, to be reached only by the names in a request's own `fallback_list`
+    expert-a~expert-b     A, then B, then the spare
+    expert-a~             A, then the spare: in policies with more than MAX_PAIRED experts, which have too many pairs
+    ~spare                every endpoint again, reachable only through the names in a request's own `fallback_list`
 
-The first two rungs are the idlest and the second idlest. Should both be dead, the spare takes any other expert that
-the request's decision permits. It gives no host to a request without a list, and none that the list does not name.
+The first two rungs are the idlest and the second idlest. If both are dead, the spare takes any other expert that the
+request's decision permits. A request without a list gets no host from it, and one with a list only hosts on the list.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from ext_authz.wire.ads import Resources
 from ext_authz.wire.twin import twins
 
 TYPE_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
-SPARE = "~spare"  # no policy can name a cluster so: `~` is in no cluster name
-MAX_PAIRED = 32  # experts; their 992 ladders cost Envoy some 40 MB
+SPARE = "~spare"  # no policy can define this name: cluster names have no `~`
+MAX_PAIRED = 32  # experts; their 992 ladders cost Envoy about 40 MB
 SPARE_RUNGS = 4  # a failed attempt ejects one endpoint, and the next attempt starts one rung lower
 
 _TWINS = twins(Cluster, ClusterConfig, DnsCluster, LeastRequest, Subset, HttpProtocolOptions)
-_OVERPROVISION = 100_000  # percent: one living endpoint of an expert keeps all of the expert's traffic
+_OVERPROVISION = 100_000  # percent: one healthy endpoint of an expert takes all of its traffic
 _UNLIMITED = 2**31
 
 # Below the shortest keep-alive of common HTTP servers (uvicorn: 5 s), so that Envoy closes idle connections first
-# and no request is sent into a connection that is just being closed.
+# and no request is sent into a connection that is being closed.
 _IDLE = 4.0  # seconds
 
 Fields = dict[str, Any]
 
 _COMMON: Fields = {
-    "healthy_panic_threshold": {"value": 0},  # else Envoy sends requests to endpoints that it knows to be dead
-    "update_merge_window": {},  # 0: else the workers hear of a health check's result up to a second later
+    "healthy_panic_threshold": {"value": 0},  # otherwise Envoy sends requests to endpoints that it knows are dead
+    "update_merge_window": {},  # 0: otherwise the workers get a health check's result up to a second late
 }
 
 
@@ -104,7 +104,7 @@ def _spare(experts: Sequence[Expert]) -> Fields:
     """What is left when the idlest two are dead.
 
     A cluster has one health check, so the spare has the one that most experts share. Endpoints of the others count as
-    healthy until a connection fails: one failure ejects an endpoint, of this cluster only.
+    healthy until a connection fails: one failure ejects an endpoint, from this cluster only.
     """
     health, _ = Counter(e.traffic.health for e in experts).most_common(1)[0]
     least = min(e.traffic.max_requests for e in experts)
@@ -123,7 +123,7 @@ def _spare(experts: Sequence[Expert]) -> Fields:
 
 
 def _served(name: str, experts: Sequence[Expert], health: Health | None) -> Fields:
-    """The part that is about the endpoints of one or more experts; `health` is the check of those that share it."""
+    """The part about the endpoints of one or more experts. `health` checks those experts that have this same check."""
     endpoints = [p for e in experts for p in _endpoints(e, checked=e.traffic.health == health)]
     http1 = {
         "explicit_http_config": {"http_protocol_options": {}},
@@ -147,7 +147,7 @@ def _served(name: str, experts: Sequence[Expert], health: Health | None) -> Fiel
 
 
 def _discovery(experts: Sequence[Expert]) -> Fields:
-    """Names are looked up again when their TTL says so: a headless Service's name has an address for each ready pod."""
+    """Names are resolved again when their TTL expires: a headless Service's name has an address for each ready pod."""
     if all(_is_address(p.host) for e in experts for p in e.endpoints):
         return {"type": ClusterDiscoveryType.STATIC}
     dns = {
@@ -161,7 +161,7 @@ def _discovery(experts: Sequence[Expert]) -> Fields:
 
 
 def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
-    """`srp.expert` is who answered, for the response header and the log; `envoy.lb.cluster` is for the spare."""
+    """`srp.expert` says who answered, for the response header and the log; `envoy.lb.cluster` is for the spare."""
     metadata = {
         "srp": {"fields": {"expert": {"string_value": expert.name}}},
         "envoy.lb": {"fields": {"cluster": {"string_value": expert.cluster}}},
@@ -178,7 +178,7 @@ def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
 
 
 def _health_checks(health: Health | None) -> list[Fields]:
-    """Checked at once, an endpoint is dead after two failures (a 503: after one), alive after one success."""
+    """The first check is immediate. Two failures (or one 503) mark an endpoint dead, one success marks it alive."""
     if health is None:
         return []
     interval = _seconds(health.interval)
@@ -198,7 +198,7 @@ def _health_checks(health: Health | None) -> list[Fields]:
 
 
 def _outlier(outlier: Outlier) -> Fields:
-    """Ejects on gateway failures (502, 503, 504) and, counted apart, on connections that fail or time out."""
+    """Ejects on gateway failures (502, 503, 504) and, counted separately, on connections that fail or time out."""
     failures = {"value": outlier.consecutive_5xx}
     return {
         "split_external_local_origin_errors": True,
@@ -215,8 +215,8 @@ def _outlier(outlier: Outlier) -> Fields:
 
 
 def _breakers(requests: int | None = None, pending: int | None = None) -> Fields:
-    """Only requests are limited. Idle connections count as connections, so a limit there would refuse requests for
-    nothing; and when an expert dies, every request that was meant for it is a retry.
+    """Only requests are limited. Idle connections count as connections, so a limit on those would refuse requests
+    needlessly; and when an expert dies, every request that was meant for it is a retry.
     """
     limits: Fields = {"max_connections": {"value": _UNLIMITED}, "max_retries": {"value": _UNLIMITED}}
     if requests is not None:

@@ -1,6 +1,6 @@
 """The lease filter: the Lua filter that repeats decisions in Envoy, as a resource for ADS. The rules: `core.leases`.
 
-The filter has its epoch in its source, so each epoch's filter is a new text, and a new text starts with empty tables.
+The source contains the epoch, so each epoch's filter is a new text, and a new text starts with empty tables.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _TWINS = twins(TypedExtensionConfig, Lua)
 
 
 def filter_resource(script: str | None, policy: Policy, lease_epoch: str, entries: int = ENTRIES) -> bytes:
-    """The filter of one epoch as Envoy takes it from ADS: a serialised TypedExtensionConfig.
+    """The filter of one epoch as Envoy gets it over ADS: a serialised TypedExtensionConfig.
 
-    `script` is the text of envoy/lease.lua; None, or a policy that grants nothing, gives a filter that does nothing.
+    `script` is the text of envoy/lease.lua; None, or a policy that grants no leases, gives a filter that does nothing.
     """
     leases = script is not None and possible(policy)
     source = f"{settings(policy, lease_epoch, entries)}{script}" if leases else "-- no leases\n"
     lua = _TWINS[Lua](default_source_code={"inline_string": source}, stat_prefix="lease")
     config = {"type_url": default_message_pool.type_to_url[Lua], "value": lua.SerializeToString(deterministic=True)}
-    made = _TWINS[TypedExtensionConfig](name=FILTER, typed_config=config)
-    return bytes(made.SerializeToString(deterministic=True))
+    extension = _TWINS[TypedExtensionConfig](name=FILTER, typed_config=config)
+    return bytes(extension.SerializeToString(deterministic=True))
 
 
 def settings(policy: Policy, lease_epoch: str, entries: int = ENTRIES) -> str:
-    """The line of Lua before the script: everything that the script needs to know of the policy and of headers."""
+    """The line of Lua before the script: everything that the script needs to know about the policy and headers."""
     values = {
         "epoch": lease_epoch,
         "entries": entries,
@@ -62,7 +62,7 @@ def settings(policy: Policy, lease_epoch: str, entries: int = ENTRIES) -> str:
 
 
 def _lua(value: Any) -> str:
-    """A Lua expression for plain data. Of a text, all but letters and digits is written as numbers."""
+    """A Lua expression for plain data. In strings, everything but ASCII letters and digits is escaped."""
     match value:
         case bool():
             return "true" if value else "false"

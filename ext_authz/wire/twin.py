@@ -1,7 +1,7 @@
 """The upb twin of envoy-data-plane's messages: the same schema, parsed in C.
 
-envoy-data-plane is pure Python: one CheckRequest costs it some 250 µs to parse. Its dataclasses hold all that a
-protobuf descriptor needs (field number, type, map, oneof, wrapper), so the classes are derived once, at import.
+envoy-data-plane is pure Python and takes about 250 µs to parse one CheckRequest. Its dataclasses have all that a
+protobuf descriptor needs (field number, type, map, oneof, wrapper), so the twins are derived from them, at import.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SCALARS = {
 def twins(*roots: type, opaque: frozenset[tuple[type, str]] = frozenset()) -> dict[type, type[Message]]:
     """upb message classes for `roots` and every message they reach, by envoy-data-plane class.
 
-    Enums become int32, and the fields that `opaque` names bytes: the wire form is the same. Raises TypeError on a
-    field that protobuf could not have.
+    Enums become int32, and the fields that `opaque` names become bytes: the wire format is the same. Raises TypeError
+    for a field that protobuf cannot have.
     """
     file = descriptor_pb2.FileDescriptorProto(name="srp/twin.proto", package=_PACKAGE, syntax="proto3")
     todo = list(roots)
@@ -53,7 +53,7 @@ def twins(*roots: type, opaque: frozenset[tuple[type, str]] = frozenset()) -> di
 
 
 def _describe(cls: type, message: descriptor_pb2.DescriptorProto, opaque: frozenset[tuple[type, str]]) -> list[type]:
-    """Add the fields of `cls` to `message`; return the message classes they name."""
+    """Add the fields of `cls` to `message`; return the message classes they refer to."""
     hints = get_type_hints(cls)
     named: list[type] = []
     groups: dict[str, int] = {}

@@ -13,11 +13,11 @@ CLUSTER = "ext_authz_workers"  # in envoy.yaml
 TYPE_ENDPOINTS = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 _TWINS = twins(ClusterLoadAssignment)
-_OVERPROVISION = 100_000  # percent: as long as one worker is alive, nobody else is asked
+_OVERPROVISION = 100_000  # percent: as long as one worker is alive, only workers are asked
 
 
 def worker_endpoints(sockets: Sequence[Path]) -> Mapping[str, tuple[bytes, ...]]:
-    """The resources that name these sockets and no others; none: Envoy asks the server that it knows by itself."""
+    """The resources that name exactly these sockets. If there are none, Envoy asks the server named in envoy.yaml."""
     endpoints = [{"endpoint": {"address": {"pipe": {"path": str(path.absolute())}}}} for path in sockets]
     assignment = _TWINS[ClusterLoadAssignment](
         cluster_name=CLUSTER,

@@ -96,8 +96,8 @@ MISTAKES = [
     ("macro that hides the request", "[1].exists(request, true) && request.a", VARIABLES, "`request` cannot name"),
     ("macro that hides the claims", "[1].all(claims, claims == 1)", VARIABLES, "`claims` cannot name an element"),
     ("too long", '"' + "x" * MAX_LENGTH + '" == claims.a', VARIABLES, r"of 2062 characters, at most 2048"),
-    ("too deep", "(" * 33 + "true" + ")" * 33, VARIABLES, "nested over 32 brackets deep"),
-    ("brackets without end", "[" * 2000, VARIABLES, "nested over 32 brackets deep"),
+    ("too deep", "(" * 33 + "true" + ")" * 33, VARIABLES, "nested more than 32 brackets deep"),
+    ("brackets without end", "[" * 2000, VARIABLES, "nested more than 32 brackets deep"),
     ("control character", "claims.a\x00", VARIABLES, "token recognition error"),
     ("half a surrogate pair", '"\ud800" == claims.a', VARIABLES, "surrogate|not valid|cannot"),
 ]

@@ -58,20 +58,20 @@ BAD = [
     ("NaN", b"NaN", "holds NaN"),
     ("Infinity", b"[Infinity]", "holds Infinity"),
     ("-Infinity", b'{"a": -Infinity}', "holds -Infinity"),
-    ("a float too large", b"1e400", "holds a number too large"),
-    ("a negative float too large", b"[-1e400]", "holds a number too large"),
+    ("a float too large", b"1e400", "holds a number that is too large"),
+    ("a negative float too large", b"[-1e400]", "holds a number that is too large"),
     ("an integer of 401 digits", b"9" * 401, "holds a number of over 400 digits"),
     ("an integer of 100,000 digits", b"9" * 100_000, "holds a number of over 400 digits"),
     ("duplicate name", b'{"a": 1, "a": 1}', "has a duplicate name"),
     ("duplicate name by an escape", b'{"a": 1, "\\u0061": 1}', "has a duplicate name"),
     ("duplicate name deep down", b'{"x": [{"y": {"a": 1, "b": 2, "a": 3}}]}', "has a duplicate name"),
     ("duplicate empty name", b'{"": 1, "": 2}', "has a duplicate name"),
-    ("lists 17 deep", b"[" * 17 + b"]" * 17, "is nested over 16 deep"),
-    ("objects 17 deep", b'{"a":' * 17 + b"1" + b"}" * 17, "is nested over 16 deep"),
-    ("mixed 17 deep, behind a wide start", b"[[],{}," + b'{"a":[' * 8 + b"]}" * 8 + b"]", "is nested over 16 deep"),
-    ("100,000 brackets, not closed", b"[" * 100_000, "is nested over 16 deep"),
-    ("100,000 brackets, closed", b"[" * 100_000 + b"]" * 100_000, "is nested over 16 deep"),
-    ("100,000 objects", b'{"a":' * 100_000, "is nested over 16 deep"),
+    ("lists 17 deep", b"[" * 17 + b"]" * 17, "is nested more than 16 deep"),
+    ("objects 17 deep", b'{"a":' * 17 + b"1" + b"}" * 17, "is nested more than 16 deep"),
+    ("mixed 17 deep, after a wide start", b"[[],{}," + b'{"a":[' * 8 + b"]}" * 8 + b"]", "is nested more than 16 deep"),
+    ("100,000 brackets, not closed", b"[" * 100_000, "is nested more than 16 deep"),
+    ("100,000 brackets, closed", b"[" * 100_000 + b"]" * 100_000, "is nested more than 16 deep"),
+    ("100,000 objects", b'{"a":' * 100_000, "is nested more than 16 deep"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_the_depth_bound_is_exact(opening: bytes, closing: bytes, depth: int) ->
         return opening * levels + b"1" + closing * levels
 
     loads(nested(depth), depth)
-    with pytest.raises(ValueError, match=f"is nested over {depth} deep"):
+    with pytest.raises(ValueError, match=f"is nested more than {depth} deep"):
         loads(nested(depth + 1), depth)
 
 

@@ -24,7 +24,7 @@ from ext_authz.core.policy import Policy
 from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe import decision_log as module
 from ext_authz.observe.decision_log import DecisionLog
-from ext_authz.observe.decision_record import MAX_PATH, Record, Scribe
+from ext_authz.observe.decision_record import MAX_PATH, Record, RecordWriter
 from ext_authz.serve.witness import Witness
 from ext_authz.wire.check import INTERNAL
 from tests.harness.asks import asks, authorization, load_policy, snapshot, token, told, wait_until
@@ -35,10 +35,10 @@ from tests.harness.asks import asks, authorization, load_policy, snapshot, token
 def record(policy: Policy, *calls: bytes) -> list[dict[str, Any]]:
     """What the log holds after these Check calls."""
     lines: list[bytes] = []
-    it, scribe = authorization(policy), Scribe()
+    it, writer = authorization(policy), RecordWriter()
 
     def witness(*seen: Any) -> None:
-        lines.append(scribe.line(*seen))
+        lines.append(writer.line(*seen))
 
     async def make() -> None:
         it.witness = witness
@@ -98,10 +98,10 @@ def test_a_record_tells_the_decision(tmp_path: Path, call: bytes, expected: dict
 
 def test_a_decision_of_no_policy_is_logged_under_the_one_in_force(tmp_path: Path) -> None:
     """An internal error is the same decision whatever the policy."""
-    policy, scribe = load_policy(tmp_path), Scribe()
+    policy, writer = load_policy(tmp_path), RecordWriter()
     for digest in ("one", "two"):
         snapshot = Snapshot(replace(policy, digest=digest))
-        line = scribe.line(snapshot, Request("", "", {}), INTERNAL, "0" * 16, 1.0)
+        line = writer.line(snapshot, Request("", "", {}), INTERNAL, "0" * 16, 1.0)
         assert json.loads(line)["policy"] == digest
 
 
@@ -137,9 +137,9 @@ def test_the_shadow_s_opinion_is_in_it(tmp_path: Path) -> None:
     """`shadow` names the difference, and is absent without a shadow policy."""
     epoch = snapshot(load_policy(tmp_path))
     made = Decision(Verdict.DENY, Reason.BAD_GATE)
-    line = Scribe().line(epoch, Request("GET", "/", {}), made, "id", 1.0, Difference.DENY_TO_ALLOW)
+    line = RecordWriter().line(epoch, Request("GET", "/", {}), made, "id", 1.0, Difference.DENY_TO_ALLOW)
     assert json.loads(line)["shadow"] == "deny_to_allow"
-    assert b"shadow" not in Scribe().line(epoch, Request("GET", "/", {}), made, "id", 1.0)
+    assert b"shadow" not in RecordWriter().line(epoch, Request("GET", "/", {}), made, "id", 1.0)
 
 
 NO_RECORDS = [
@@ -310,8 +310,8 @@ def test_a_full_disk_loses_records_and_leaves_no_half_line(tmp_path: Path, caplo
     assert numbers(path) == [0, 3]
     assert log.counts == {"written": 2, "dropped": 0, "failed": 2}
     first, second = caplog.messages
-    assert "File too large; decisions go on and their records are lost" in first
-    assert "written again; 2 records were lost" in second
+    assert "File too large; decisions continue, their records are lost" in first
+    assert "writing works again; 2 records were lost" in second
 
 
 def test_a_folder_that_goes_away_comes_back(tmp_path: Path) -> None:

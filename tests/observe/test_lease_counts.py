@@ -106,9 +106,9 @@ FAILURES: list[tuple[Handler | None, str]] = [
     (None, "cannot connect: "),
     (bad, "expected status 200, found 503"),
     (elsewhere, "expected status 200, found 302"),
-    (long, "the answer holds over 65536 bytes"),
-    (silent, "no answer within 0.2 s"),
-    (broken, "the exchange failed: ServerDisconnectedError"),
+    (long, "the response is over 65536 bytes"),
+    (silent, "no response within 0.2 s"),
+    (broken, "the request failed: ServerDisconnectedError"),
 ]
 
 

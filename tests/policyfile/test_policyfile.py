@@ -58,7 +58,7 @@ ALGORITHM = (
 BROKEN = {
     "algorithm_es_with_secret": "4:5: issuers[0]: algorithm `ES256` needs `jwks`",
     "algorithm_hs_with_jwks": "4:5: issuers[0]: algorithm `HS256` needs `secret_file`",
-    "algorithm_none": f"6:25: issuers[0].algorithms[1]: found `none`, which is no signature, {ALGORITHM}",
+    "algorithm_none": f"6:25: issuers[0].algorithms[1]: found `none`, which is not a signature, {ALGORITHM}",
     "algorithm_twice": "6:25: issuers[0].algorithms[1]: `ES256` is listed twice",
     "algorithm_unknown": f"6:18: issuers[0].algorithms[0]: found `ES255`, {ALGORITHM}",
     "alias": (
@@ -78,11 +78,11 @@ BROKEN = {
         "and `-` between them"
     ),
     "cluster_not_derivable": (
-        "4:3: experts.llama3:8b.cluster: required key is missing: the name `llama3:8b` makes no cluster name"
+        "4:3: experts.llama3:8b.cluster: required key is missing: the name `llama3:8b` cannot become a cluster name"
     ),
-    "cluster_of_other_name": "4:3: experts.A.cluster: cluster `a` has the name of another expert",
+    "cluster_of_other_name": "4:3: experts.A.cluster: cluster `a` is the name of another expert",
     "cluster_reserved": "4:27: experts.A.cluster: found `none`, which is reserved, expected another name",
-    "cluster_twice": "5:27: experts.B.cluster: cluster `expert-a` is already that of expert `A`",
+    "cluster_twice": "5:27: experts.B.cluster: cluster `expert-a` already belongs to expert `A`",
     "colon_without_quotes": "3:15: not valid YAML: mapping values are not allowed in this context",
     "condition_syntax": (
         "4:12: clearance[0].when: not a condition: syntax error: token recognition error at: '= ' (at "
@@ -236,14 +236,14 @@ BROKEN = {
     "tab_indentation": "4:1: a tab in the indentation; use spaces",
     "tag": "3:12: anonymous: tag `!!str` is not supported; remove it",
     "tier_boolean": "2:9: tiers[0]: found the boolean `no`, expected text; quote it",
-    "tier_named_deny": "2:14: tiers[1]: found `deny`, which stands for no tier, expected another name",
+    "tier_named_deny": "2:14: tiers[1]: found `deny`, which is reserved, expected another name",
     "tier_twice": "2:20: tiers[2]: `low` is listed twice",
     "tier_with_space": (
         "2:14: tiers[1]: found `very high`, expected a tier's name: letters, digits and `_.-`, a letter or "
         "digit first"
     ),
     "tiers_as_text": "2:8: tiers: found `low, high`, expected a list",
-    "too_deep": "3:27: nested over 16 deep",
+    "too_deep": "3:27: nested more than 16 deep",
     "too_many_tiers": "2:1: tiers: found 33 items, expected at most 32",
     "two_documents": "5:1: a second document; a policy is one document",
     "unknown_downgrade": "5:67: experts.writer.downgrade_to[0]: unknown expert `codr`; did you mean `coder`?",
@@ -285,10 +285,10 @@ def test_messages_keep_to_one_style(name: str) -> None:
 HOSTILE: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "oversize": (lambda: b"#" * (policy_source.MAX_BYTES + 1), "1:1: the file is over 8388608 bytes long"),
     "values": (lambda: "[" + "a," * 600_000 + "]", "1:1000000: over 500000 values in one file"),
-    "lists": (lambda: "[" * 100_000, "1:17: nested over 16 deep"),
-    "mappings": (lambda: "{a: " * 100_000, "1:65: nested over 16 deep"),
-    "blocks": (lambda: "- " * 100_000, "1:33: nested over 16 deep"),
-    "keys": (lambda: "? " * 100_000, "1:33: nested over 16 deep"),
+    "lists": (lambda: "[" * 100_000, "1:17: nested more than 16 deep"),
+    "mappings": (lambda: "{a: " * 100_000, "1:65: nested more than 16 deep"),
+    "blocks": (lambda: "- " * 100_000, "1:33: nested more than 16 deep"),
+    "keys": (lambda: "? " * 100_000, "1:33: nested more than 16 deep"),
     "billion laughs": (
         lambda: (
             "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
@@ -662,7 +662,7 @@ def test_a_password_in_a_url_is_not_repeated() -> None:
 def test_a_url_that_could_not_be_fetched_is_refused() -> None:
     """Python's two URL parsers read another host in it, and the key store's would never load it."""
     [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": "https://a\\b/j"}}]))
-    assert "expected a URL of the characters of RFC 3986" in line
+    assert "expected only characters that RFC 3986 allows in a URL" in line
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "llama3:8b", "meta-llama/Llama-3.1-8B", "A_1", "0", "x" * 64])
@@ -695,7 +695,7 @@ WARNINGS: list[tuple[str, dict[str, Any], list[str]]] = [
         "clearance without issuers",
         {},
         [
-            "clearance: no rule is ever read, for there are no issuers",
+            "clearance: no rule is ever used, because there are no issuers",
             "line 29: experts.C: nobody can reach it: no caller gets a tier above `low`",
         ],
     ),

@@ -17,7 +17,7 @@ from ext_authz.core.check import check
 from ext_authz.core.difference import Difference
 from ext_authz.core.model import Reason, Verdict
 from ext_authz.core.policy import Policy
-from ext_authz.observe.decision_record import Record, Scribe
+from ext_authz.observe.decision_record import Record, RecordWriter
 from ext_authz.progress import Progress
 from ext_authz.review.changes import Effect, changes
 from ext_authz.review.diff import MAX_LINE, compare
@@ -288,10 +288,10 @@ def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: 
 
 def logged(policy: Policy, calls: list[bytes]) -> list[Record]:
     lines: list[bytes] = []
-    it, scribe = authorization(policy), Scribe()
+    it, writer = authorization(policy), RecordWriter()
 
     async def make() -> None:
-        it.witness = lambda *seen: lines.append(scribe.line(*seen))
+        it.witness = lambda *seen: lines.append(writer.line(*seen))
         for call in calls:
             await it.check(call)
         await asyncio.sleep(0)

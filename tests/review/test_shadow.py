@@ -56,7 +56,7 @@ async def judged(directory: Path, calls: list[bytes], *edits: Edit, check: Any =
     shadow = Shadow(shadow_of(directory, *edits))
     try:
         assert await shadow.reload()
-        shadow.beside(it.epoch.snapshot)
+        shadow.set_active(it.epoch.snapshot)
         it.witness = Witness(shadow, None)
         answers = [await it.check(call) for call in calls]
         await asyncio.sleep(0)
@@ -147,7 +147,7 @@ def test_keys_it_does_not_have_are_no_difference(tmp_path: Path) -> None:
         shadow = Shadow(shadow_of(tmp_path, ("file: jwks.json", 'url: "http://127.0.0.1:1/jwks.json"')))
         await shadow.reload()
         it = authorization(policy)
-        shadow.beside(it.epoch.snapshot)
+        shadow.set_active(it.epoch.snapshot)
         it.witness = Witness(shadow, None)
         await it.check(asks("A", caller=token()))
         await asyncio.sleep(0)
@@ -167,7 +167,7 @@ def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
         it = authorization(policy)
         newer = Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256", name="next"))})
         it.epoch = Epoch.of(newer)
-        shadow.beside(newer)
+        shadow.set_active(newer)
         it.witness = Witness(shadow, None)
         await it.check(asks("A", caller=tokens.sign(tokens.claims(), name="next")))
         await asyncio.sleep(0)
@@ -186,7 +186,7 @@ def test_it_is_reloaded_live_and_a_bad_file_keeps_the_last_good(tmp_path: Path) 
         shadow = Shadow(path)
         it.witness = witness = Witness(shadow, None)
         witness.start()
-        witness.beside(it.epoch.snapshot)
+        witness.set_active(it.epoch.snapshot)
 
         async def until(holds: Callable[[], bool]) -> None:
             async with asyncio.timeout(5):
@@ -231,7 +231,7 @@ def test_without_a_good_file_it_judges_nothing(tmp_path: Path) -> None:
     async def judge() -> Shadow:
         shadow = Shadow(tmp_path / "absent.yaml")
         assert not await shadow.reload()
-        shadow.beside(snapshot(load_policy(tmp_path)))
+        shadow.set_active(snapshot(load_policy(tmp_path)))
         request = Request("GET", "/", {})
         it = authorization(load_policy(tmp_path))
         it.witness = Witness(shadow, None)
@@ -268,7 +268,7 @@ def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
         await shadow.reload()
         it.witness = witness = Witness(shadow, log)
         witness.start()
-        witness.beside(it.epoch.snapshot)
+        witness.set_active(it.epoch.snapshot)
         ids = []
         async with served(it) as check:
             for call in (asks("C"), asks("A"), asks("C", caller=token(plan="premium")), asks("A", "C")):

@@ -447,10 +447,10 @@ def a_file(path: Path) -> None:
 
 
 IN_THE_WAY: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("a file", a_file, "exists and is no socket"),
-    ("a folder", Path.mkdir, "exists and is no socket"),
+    ("a file", a_file, "exists and is not a socket"),
+    ("a folder", Path.mkdir, "exists and is not a socket"),
     ("a link to a file", lambda path: (a_file(path.with_suffix(".txt")), path.symlink_to(path.with_suffix(".txt"))),
-     "exists and is no socket"),
+     "exists and is not a socket"),
     ("a link to nothing", lambda path: path.symlink_to("/nonexistent/x"), "cannot listen on"),
 ]  # fmt: skip
 

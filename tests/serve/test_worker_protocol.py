@@ -27,7 +27,7 @@ from ext_authz.serve import frames, worker_process, workers
 from ext_authz.serve.authorization import SERVICE
 from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.frames import BadFrame, frame, read_to_owner, read_to_worker
-from ext_authz.serve.worker_process import Place, WorkerProcess
+from ext_authz.serve.worker_process import Slot, WorkerProcess
 from ext_authz.serve.workers import Workers
 from ext_authz.settings import Settings
 from tests.harness import tokens
@@ -43,9 +43,9 @@ T = TypeVar("T")
 TO_WORKER: list[frames.ToWorker] = [
     frames.Start(1, "unix:/x.1", 10, 20, 30, "info"),
     frames.PolicyText("d1", 'experts: "é" # \U0001f600\n', "/etc/policy.yaml"),
-    frames.EpochOf(3, 2, "d1", {tokens.ISSUER: ("k1", "k2")}, "e1", True),
+    frames.Install(3, 2, "d1", {tokens.ISSUER: ("k1", "k2")}, "e1", True),
     frames.Listen(),
-    frames.Ask(7),
+    frames.Poll(7),
     frames.Refreshed(tokens.ISSUER),
     frames.Stop(0.5),
 ]
@@ -53,8 +53,8 @@ TO_OWNER: list[frames.ToOwner] = [
     frames.Compiled("d1"),
     frames.Installed(3, 2),
     frames.Listening(),
-    frames.Told(7, COUNTS),
-    frames.Told(8, None),
+    frames.Counted(7, COUNTS),
+    frames.Counted(8, None),
     frames.Refresh(tokens.ISSUER),
 ]
 
@@ -119,7 +119,7 @@ def test_no_frame_is_too_long_to_be_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_counts_with_other_buckets_are_refused() -> None:
-    text = json.loads(frame(frames.Told(1, COUNTS))[4:])
+    text = json.loads(frame(frames.Counted(1, COUNTS))[4:])
     text["counts"]["latency"] = [1]
     with pytest.raises(BadFrame):
         heard(read_to_owner, framed(json.dumps(text).encode()))
@@ -192,10 +192,10 @@ def policy_text(directory: Path) -> frames.PolicyText:
     return frames.PolicyText(DIGEST, POLICY, str(directory / "policy.yaml"))
 
 
-def epoch_of(order: int, *names: str, epoch: int = 1, grants: bool = False) -> frames.EpochOf:
+def install(order: int, *names: str, epoch: int = 1, grants: bool = False) -> frames.Install:
     """An epoch with the ES256 keys of `names`."""
     keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)))
-    return frames.EpochOf(order, epoch, DIGEST, {tokens.ISSUER: keys}, f"lease-{epoch}", grants)
+    return frames.Install(order, epoch, DIGEST, {tokens.ISSUER: keys}, f"lease-{epoch}", grants)
 
 
 def reason(listen: Path, caller: str | None) -> str:
@@ -211,7 +211,7 @@ def reason(listen: Path, caller: str | None) -> str:
 def test_a_worker_does_what_its_owner_says(owner: Owner, tmp_path: Path) -> None:
     """It listens when it is told to, decides by the newest epoch, asks for keys that it does not know, and drains."""
     caller = tokens.sign(tokens.claims(plan="premium"), name="new")
-    owner.say(start(owner), epoch_of(1, "old"), policy_text(tmp_path))
+    owner.say(start(owner), install(1, "old"), policy_text(tmp_path))
     assert owner.hear() == frames.Compiled(DIGEST)  # before the epoch, which waits for its policy
     assert owner.hear() == frames.Installed(1, 1)
     assert not owner.listen.exists()
@@ -221,31 +221,31 @@ def test_a_worker_does_what_its_owner_says(owner: Owner, tmp_path: Path) -> None
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(reason, owner.listen, caller)
         assert owner.hear() == frames.Refresh(tokens.ISSUER)
-        owner.say(epoch_of(2, "new", epoch=2), frames.Refreshed(tokens.ISSUER))
+        owner.say(install(2, "new", epoch=2), frames.Refreshed(tokens.ISSUER))
         assert owner.hear() == frames.Installed(2, 2)
         assert answer.result() == "permitted"
-    owner.say(frames.Ask(5), frames.Ask(6))
+    owner.say(frames.Poll(5), frames.Poll(6))
     counts = owner.hear()
-    assert isinstance(counts, frames.Told)
+    assert isinstance(counts, frames.Counted)
     assert counts.counts is not None
     assert (counts.order, counts.counts.decisions) == (5, (("allow", "permitted", 1),))
-    assert owner.hear() == frames.Told(6, None)
-    owner.say(epoch_of(3, "new", epoch=2, grants=True))
+    assert owner.hear() == frames.Counted(6, None)
+    owner.say(install(3, "new", epoch=2, grants=True))
     assert owner.hear() == frames.Installed(3, 2)
     assert reason(owner.listen, None) == "tier_too_low"
-    owner.say(frames.Ask(7))
+    owner.say(frames.Poll(7))
     counts = owner.hear()
-    assert isinstance(counts, frames.Told)
+    assert isinstance(counts, frames.Counted)
     assert counts.counts is not None
     assert counts.counts.caches["tokens"].entries == 1  # the same epoch: what it remembers stays
     owner.say(frames.Stop(1.0))
-    assert owner.hear() == frames.Told(0, None)
+    assert owner.hear() == frames.Counted(0, None)
     assert owner.ended() == 0
     assert not owner.listen.exists()
 
 
 def test_a_worker_without_an_owner_ends(owner: Owner, tmp_path: Path) -> None:
-    owner.say(start(owner), policy_text(tmp_path), epoch_of(1, ""), frames.Listen())
+    owner.say(start(owner), policy_text(tmp_path), install(1, ""), frames.Listen())
     while owner.hear() != frames.Listening():
         pass
     owner.close()
@@ -310,7 +310,7 @@ async def until(holds: Callable[[], bool]) -> None:
     [
         ("link.send(bytes(4)); time.sleep(60)", "not a message to an owner"),
         ("link.send(b'\\xff' * 4); time.sleep(60)", "at most"),
-        ("", "it left"),
+        ("", "it exited"),
     ],
 )
 def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
@@ -324,7 +324,7 @@ def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
 
     asyncio.run(play())
     assert [r.getMessage() for r in caplog.records if why in r.getMessage()]
-    waits = [float(r.getMessage().split()[-2]) for r in caplog.records if "another comes" in r.getMessage()]
+    waits = [float(r.getMessage().split()[-2]) for r in caplog.records if "restarting in" in r.getMessage()]
     assert waits[:3] == [0.02, 0.04, 0.08]
 
 
@@ -350,8 +350,8 @@ def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said while it could not hear counts."""
-    script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(TOLD)"
-    script = script.replace("TOLD", repr(frame(frames.Told(1, None))))
+    script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(COUNTED)"
+    script = script.replace("COUNTED", repr(frame(frames.Counted(1, None))))
     monkeypatch.setattr(worker_process, "ANSWER_TIMEOUT", 0.2)
     for name, seconds in (("COUNTS_INTERVAL", 0.01), ("WATCH_INTERVAL", 0.01), ("STALL", 0.1)):
         monkeypatch.setattr(workers, name, seconds)
@@ -376,9 +376,9 @@ def test_an_owner_that_cannot_look_after_its_workers_says_so(tmp_path: Path, mon
 
     async def play() -> None:
         async with owned(tmp_path, "time.sleep(60)", monkeypatch) as it:
-            await until(lambda: bool(it._living))
-            (worker,) = it._living
-            monkeypatch.setattr(Workers, "_ask", fails)
+            await until(lambda: bool(it._alive))
+            (worker,) = it._alive
+            monkeypatch.setattr(Workers, "_poll", fails)
             with pytest.raises(ExceptionGroup) as told:
                 await asyncio.wait_for(it.ended(), 10)
             assert told.group_contains(RuntimeError, match="a fault of its own")
@@ -414,16 +414,16 @@ def test_a_worker_is_late_by_the_oldest_epoch_that_it_owes() -> None:
 
     def late(seconds_behind: float) -> str | None:
         """Why, after five seconds of ten epochs each."""
-        worker = WorkerProcess(Place(1, Path("s.1")), nobody, nobody, began=0.0, listens=True)
+        worker = WorkerProcess(Slot(1, Path("s.1")), nobody, nobody, began=0.0, listens=True)
         for order in range(50):
             now = order / 10
-            worker.owed[order] = now
+            worker.pending[order] = now
             if now >= seconds_behind:
-                worker.has_installed(order - round(10 * seconds_behind), 1)
-            if why := worker.late(now):
+                worker.record_installed(order - round(10 * seconds_behind), 1)
+            if why := worker.overdue(now):
                 return why
         return None
 
     assert late(0.1) is None
     assert late(1.9) is None
-    assert late(2.2) == "did not take over an epoch in 2 s"
+    assert late(2.2) == "did not install an epoch in 2 s"

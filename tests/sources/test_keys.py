@@ -797,10 +797,10 @@ def test_the_log_is_bounded_and_tells_no_secret(tmp_path: Path, caplog: pytest.L
 
     with caplog.at_level(logging.DEBUG, "srp.keys"):
         run(test())
-    error = f"keys of {ME}: {path}: is not a JWK Set: expected an object with a list `keys`; the 1 of before stay"
+    error = f"keys of {ME}: {path}: is not a JWK Set: expected an object with a list `keys`; the good keys (1) stay"
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", f"keys of {ME}: 1 from {path} (kid 'ES256-old')"),
         *[("WARNING", error)] * 3,
-        ("INFO", f"keys of {ME}: read again after 13 failures"),
+        ("INFO", f"keys of {ME}: readable again after 13 failures"),
         ("INFO", f"keys of {ME}: 1 from {path} (kid 'ES256-new')"),
     ]
