@@ -67,7 +67,7 @@ class Leasing:
 
 
 class Followers(Protocol):
-    """Other processes that decide by the epochs installed here."""
+    """Other processes that decide with the epochs installed here."""
 
     async def prepare(self, digest: str, text: bytes, path: Path) -> None:
         """Make them compile a policy that may come into force."""
@@ -185,7 +185,7 @@ class Control:
             if old is not None:
                 await self._keys.follow(old.issuers.values())
                 await self._publish(old, old, self._active.lease_epoch if self._active else _new_lease_epoch())
-            self._refuse(f"envoy refused the policy's clusters: {published.message}")
+            self._refuse(f"envoy rejected the policy's clusters: {published.message}")
             return False
         self._policy = policy
         self._renew(lease_epoch)
@@ -212,7 +212,7 @@ class Control:
                 policy, policy, self._sent.lease_epoch if self._sent else _new_lease_epoch()
             )
         if published.result is PublishResult.NACKED:
-            self._error = f"envoy refused to drop clusters: {published.message}"
+            self._error = f"envoy rejected the removal of clusters: {published.message}"
             log.error("%s", self._error)
 
     async def _publish(self, clusters: Policy, policy: Policy, lease_epoch: str) -> Publication:
@@ -242,7 +242,7 @@ class Control:
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
-        """Send Envoy the lease filter of the newest epoch until nothing newer is left to send."""
+        """Send Envoy the lease filter of the newest epoch. Repeat if a newer epoch starts in the meantime."""
         while self._behind():
             await asyncio.sleep(KEY_DEBOUNCE)
             async with self._lock:
@@ -251,7 +251,7 @@ class Control:
                         self._sent.clusters, self._active.snapshot.policy, self._active.lease_epoch
                     )
                     if published.result is PublishResult.NACKED:
-                        log.error("envoy refused the lease filter, so there are no leases: %s", published.message)
+                        log.error("envoy rejected the lease filter, so there are no leases: %s", published.message)
 
     def _behind(self) -> bool:
         return (
