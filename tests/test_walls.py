@@ -1,4 +1,4 @@
-"""The walls between the rooms hold: each kind of trespass, written into a copy of the code, is refused by name."""
+"""The walls between the rooms hold: each kind of trespass, in a copy of the code, is refused by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.harness import ROOT
 
 LINT = Path(sys.executable).with_name("lint-imports")
 
-# (what it is, the file, the line added to it, what the refusal must say)
+# (name, file, the line appended to it, what the refusal must say)
 TRESPASSES = [
     (
         "core to a room above",
@@ -72,7 +72,7 @@ TRESPASSES = [
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What lint-imports says of a copy with all trespasses in it."""
+    """What lint-imports says about a copy with all trespasses in it."""
     copy = tmp_path_factory.mktemp("copy")
     for package in ("ext_authz", "experts", "tests/harness"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

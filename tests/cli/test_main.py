@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it exits, and that a mistake is one clear line."""
+"""The command line: what it prints, its exit status, and that a mistake is reported in one clear line."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("command", ["serve", "check", "explain", "token", "schema", "demo"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    """Exit 0, and the usage names the command."""
+    """With exit status 0 and a usage that names the command."""
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"usage: srp {command}" in out
 
 
-def test_check_says_ok(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
-    """A good policy: exit 0 and its digest."""
+def test_check_accepts_a_good_policy(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """With exit status 0 and the policy's digest."""
     path = demo_dir / "policy.yaml"
     code, out, err = run(capsys, "check", str(path))
     assert (code, err) == (0, "")
@@ -60,8 +60,8 @@ def test_check_prints_every_error_on_its_line(capsys: pytest.CaptureFixture[str]
     assert all("`hihg`" in line and "high" in line for line in lines)
 
 
-def test_explain_names_the_rules(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
-    """Kept or struck, and by which line."""
+def test_explain_names_the_rule_for_each_expert(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """Kept or struck, and by which line of the policy."""
     path = str(demo_dir / "policy.yaml")
     code, out, _ = run(capsys, "explain", "--policy", path, "--claims", '{"plan": "free"}', "--experts", "A,C,X")
     assert code == 0
@@ -74,7 +74,7 @@ def test_explain_names_the_rules(capsys: pytest.CaptureFixture[str], demo_dir: P
 
 
 def test_explain_reads_a_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
-    """With the keys of the policy; as JSON."""
+    """Which the policy's keys verify; and prints JSON."""
     token = tmp_path / "t.jwt"
     token.write_text(DemoKeys.load(demo_dir).mint({"plan": "premium"}, 60))
     path = str(demo_dir / "policy.yaml")
@@ -84,7 +84,7 @@ def test_explain_reads_a_token(capsys: pytest.CaptureFixture[str], demo_dir: Pat
     assert (found["verdict"], found["serve"], found["tier"]) == ("allow", ["C"], "high")
 
 
-def test_explain_refuses_a_bad_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
+def test_explain_rejects_a_bad_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
     """In one line that does not repeat it."""
     token = tmp_path / "t.jwt"
     token.write_text(DemoKeys.load(demo_dir).mint({"exp": int(time.time()) - 3600}, 60))
@@ -94,7 +94,9 @@ def test_explain_refuses_a_bad_token(capsys: pytest.CaptureFixture[str], demo_di
     assert err == "srp explain: 401 invalid_token: the token has expired\n"
 
 
-def test_explain_rejects_a_token_file_that_is_not_text_or_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_rejects_a_token_file_that_is_not_text_or_never_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No traceback, and no more is read than a token may have."""
     policy = write_policy(tmp_path)
     (tmp_path / "token").write_bytes(b"\xff\xfe")
@@ -105,16 +107,15 @@ def test_explain_rejects_a_token_file_that_is_not_text_or_never_ends(tmp_path: P
         assert "401 invalid_token" in capsys.readouterr().err
 
 
-def test_token_mints_what_was_asked(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
-    """Claims from the command line, JSON where it is JSON."""
+def test_token_mints_the_claims_on_the_command_line(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    """Values that are JSON become JSON."""
     code, out, _ = run(capsys, "token", "--dir", str(demo_dir), "--claim", "plan=premium", "--claim", "n=[1]")
     claims = jwt.decode(out.strip(), options={"verify_signature": False})
     assert code == 0
     assert (claims["plan"], claims["n"], claims["iss"]) == ("premium", [1], ISSUER)
 
 
-def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """For editors."""
+def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "schema")
     assert code == 0
     assert json.loads(out)["type"] == "object"
@@ -142,7 +143,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "code", "text"), MISTAKES)
-def test_a_mistake_is_a_clear_line(
+def test_a_mistake_is_reported_in_one_clear_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -150,7 +151,7 @@ def test_a_mistake_is_a_clear_line(
     code: int,
     text: str,
 ) -> None:
-    """No traceback, the right exit code, and what was wrong."""
+    """Without a traceback, and with the right exit status."""
     monkeypatch.chdir(tmp_path)
     if argv[:2] == ["token", "--ttl"] or argv[:2] == ["token", "--claim"]:
         DemoKeys.create(tmp_path / ".demo")

@@ -31,10 +31,8 @@ def own_logging() -> Iterator[None]:
 
 @pytest.mark.parametrize("path", BROKEN, ids=lambda p: p.stem)
 @pytest.mark.usefixtures("own_logging")
-def test_a_broken_policy_is_refused(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit 1, and every line names the file."""
+def test_a_broken_policy_is_refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With exit status 1; every line names the file."""
     write_keys(tmp_path)
     shutil.copy(path, tmp_path / "policy.yaml")
     with pytest.raises(SystemExit) as ended:
@@ -44,7 +42,7 @@ def test_a_broken_policy_is_refused(
 
 
 def test_a_refused_policy_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
-    """Exit 1, and each error with its line."""
+    """The exit status is 1, and each error has its line."""
     path = tmp_path / "policy.yaml"
     path.write_text("version: 2\n")
     command = [sys.executable, "-m", "ext_authz", "serve", "--policy", str(path), "--listen", f"unix:{tmp_path}/s"]

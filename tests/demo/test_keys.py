@@ -1,4 +1,4 @@
-"""The demo's key on disk, and the tokens it signs."""
+"""The demo's key on disk, and the tokens that it signs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness import tokens
 
 
 def claims_of(directory: Path, token: str) -> dict[str, Any]:
-    """The claims, verified with the published key alone."""
+    """The claims, verified with the published key."""
     (key,) = parse_jwks((directory / JWKS_FILE).read_bytes())
     assert jwt.get_unverified_header(token) == {"alg": "ES256", "kid": key.kid, "typ": "JWT"}
     return jwt.decode(token, key.material, algorithms=["ES256"], audience=AUDIENCE, issuer=ISSUER)
@@ -28,7 +28,7 @@ def mode(path: Path) -> int:
 
 
 def test_a_token_verifies_with_the_published_key(tmp_path: Path) -> None:
-    """Made by `create` or found by `load`, the key is the same."""
+    """The key is the same whether `create` made it or `load` read it."""
     directory = tmp_path / "new" / "demo"
     made = DemoKeys.create(directory)
     before = int(time.time())
@@ -39,8 +39,8 @@ def test_a_token_verifies_with_the_published_key(tmp_path: Path) -> None:
         assert claims == {"iss": ISSUER, "aud": AUDIENCE, "sub": "ada", "plan": "premium", "n": 1, "list": [True]}
 
 
-def test_claims_override_all_that_is_set(tmp_path: Path) -> None:
-    """A demo wants bad tokens too."""
+def test_claims_override_the_defaults(tmp_path: Path) -> None:
+    """A demo needs bad tokens, too."""
     token = DemoKeys.create(tmp_path).mint({"exp": 1, "iss": "x", "aud": []}, 60, kid="k", issuer="y")
     assert jwt.decode(token, options={"verify_signature": False}) | {"iat": 0} == {
         "iss": "x", "aud": [], "exp": 1, "iat": 0,
@@ -54,8 +54,8 @@ def test_a_claim_without_a_json_form_is_a_value_error(tmp_path: Path, claim: Any
         DemoKeys.create(tmp_path).mint({"x": claim}, 60)
 
 
-def test_only_the_owner_reads_the_key(tmp_path: Path) -> None:
-    """The folder is private, so is the key, and no half-written file is left."""
+def test_only_the_owner_can_read_the_key(tmp_path: Path) -> None:
+    """The folder and the key are private, and no half-written file is left."""
     directory = tmp_path / "demo"
     keys = DemoKeys.create(directory)
     assert mode(directory) == 0o700
@@ -68,7 +68,7 @@ def test_only_the_owner_reads_the_key(tmp_path: Path) -> None:
 
 
 def test_a_new_key_replaces_the_old(tmp_path: Path) -> None:
-    """Its tokens no longer verify, under another kid."""
+    """Tokens of the old key no longer verify."""
     old = DemoKeys.create(tmp_path)
     new = DemoKeys.create(tmp_path)
     assert old.kid != new.kid
@@ -97,8 +97,10 @@ def spoil(directory: Path, file: str, data: bytes | None) -> None:
         ("a key of another type", JWKS_FILE, tokens.jwks("RS256"), "is damaged: delete"),
     ],
 )
-def test_load_says_what_is_wrong(tmp_path: Path, name: str, file: str, data: bytes | None, message: str) -> None:
-    """In one line that names the folder and holds nothing of the files."""
+def test_load_says_what_is_wrong_with_the_files(
+    tmp_path: Path, name: str, file: str, data: bytes | None, message: str
+) -> None:
+    """In one line that names the folder and repeats nothing from the files."""
     DemoKeys.create(tmp_path)
     spoil(tmp_path, file, data)
     with pytest.raises(ValueError, match=message) as caught:

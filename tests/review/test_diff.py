@@ -1,4 +1,4 @@
-"""`srp diff`: what the texts tell, what the log tells, and what nobody can tell."""
+"""`srp diff`: what the policies show, what the log shows, and what cannot be known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Edit = tuple[str, str]
 
 
 def pair(directory: Path, *edits: Edit, before: tuple[Edit, ...] = ()) -> tuple[Policy, Policy]:
-    """The policy with the edits of `before`, and that with `edits` as well."""
+    """The policy with the edits `before`, and the policy with `edits` as well."""
     return load_policy(directory, *before), load_policy(directory, *before, *edits)
 
 
@@ -39,7 +39,7 @@ OTHER_ISSUER = ISSUER_LINE.replace(tokens.ISSUER, "https://other.example/")
 RULE = "  - {when: 'claims.plan == \"premium\"', tier: high}\n"
 C = 'C: {tier: high, cluster: expert-c, endpoints: ["127.0.0.1:3"]'
 
-# ---- what the texts tell ---------------------------------------------------------------------------------------------
+# ---- two policies ----------------------------------------------------------------------------------------------------
 
 CHANGES: list[tuple[str, list[Edit], list[str]]] = [
     ("nothing", [("version: 1\n", "version: 1 # the same\n")], []),
@@ -90,14 +90,14 @@ CHANGES: list[tuple[str, list[Edit], list[str]]] = [
 
 
 @pytest.mark.parametrize(("edits", "expected"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
-def test_every_change_is_told_with_its_effect(tmp_path: Path, edits: list[Edit], expected: list[str]) -> None:
-    """One line each, and no other."""
+def test_every_change_is_listed_with_its_effect(tmp_path: Path, edits: list[Edit], expected: list[str]) -> None:
+    """In one line; there is no other line."""
     found = changes(*pair(tmp_path, *edits))
     assert [f"{c.effect.value} {c.path} {c.text}" for c in found] == expected
 
 
-def test_back_again_is_the_opposite(tmp_path: Path) -> None:
-    """What is wider one way is narrower the other, for every change whose effect is clear."""
+def test_the_reverse_change_has_the_opposite_effect(tmp_path: Path) -> None:
+    """What is wider in one direction is narrower in the other, for every change with a clear effect."""
     turned = {Effect.WIDER: Effect.NARROWER, Effect.NARROWER: Effect.WIDER}
     for _, edits, _ in CHANGES:
         old, new = pair(tmp_path, *edits)
@@ -109,7 +109,7 @@ def test_back_again_is_the_opposite(tmp_path: Path) -> None:
 
 
 def made(*experts: str, **over: Any) -> Record:
-    """The record of a low caller who asks for `experts`, with members replaced."""
+    """The record of a low caller's request for `experts`, with members replaced."""
     whole = Record(
         time=1.8e9, decision_id="1" * 16, policy="another", verdict=Verdict.ALLOW, reason=Reason.PERMITTED,
         requested=experts, serve=experts, downgrade=True, tier="low", anonymous=False,
@@ -180,7 +180,7 @@ REPLAYS: list[tuple[str, list[Edit], list[str], dict[str, Any], str]] = [
     ("revoked", [REVOKED], ["A"], {"claims": {"plan": "x", "jti": "a"}}, "allow_to_deny"),
     ("not revoked", [REVOKED], ["A"], {"claims": {"plan": "x", "jti": "b"}}, "unchanged"),
     ("issued too early", [EARLIER], ["A"], {"claims": {"plan": "x", "iat": 1.8e9}}, "allow_to_deny"),
-    ("issued who knows when", [EARLIER], ["A"], {"absent": frozenset({"org", "iat"})}, "allow_to_deny"),
+    ("issued at an unknown time", [EARLIER], ["A"], {"absent": frozenset({"org", "iat"})}, "allow_to_deny"),
     ("issued late enough", [EARLIER], ["A"], {"claims": {"plan": "x", "iat": 1.9e9}}, "unchanged"),
 ]  # fmt: skip
 
@@ -192,12 +192,12 @@ def outcome(found: Replayed | NotReplayable) -> str:
 
 
 @pytest.mark.parametrize(("edits", "asked", "over", "expected"), [r[1:] for r in REPLAYS], ids=[r[0] for r in REPLAYS])
-def test_a_record_is_replayed_or_it_is_said_why_not(
+def test_a_record_is_replayed_or_the_cause_why_not_is_given(
     tmp_path: Path, edits: list[Edit], asked: list[str], over: dict[str, Any], expected: str
 ) -> None:
-    """Never guessed; and a second time as the first."""
+    """The outcome is never guessed."""
     old, new = pair(tmp_path, *edits)
-    # The gate's own rules are those of the policy that wrote the record.
+    # The gate rules that applied are those of the policy that wrote the record.
     of_old = {"policy": old.digest} if "gate" in expected or "default" in expected or NEW_DEFAULT in edits else {}
     record = made(*asked, **({"claims": {"plan": "free"}} | over | of_old))
     replay = Replay(old, new)
@@ -207,8 +207,8 @@ def test_a_record_is_replayed_or_it_is_said_why_not(
     assert outcome(found) == expected
 
 
-def test_whom_the_old_policy_let_in_is_not_asked_again(tmp_path: Path) -> None:
-    """A record of the old policy itself: its caller's issuer is one of the old ones, and it was not revoked."""
+def test_a_record_of_the_old_policy_shows_that_the_caller_was_admitted(tmp_path: Path) -> None:
+    """By a trusted issuer, with a token that was not revoked."""
     for before, edit in (((), (ISSUER_LINE, ISSUER_LINE + OTHER_ISSUER)), ((REVOKED,), REVOKED[::-1])):
         old, new = pair(tmp_path, edit, before=before)  # type: ignore[arg-type]
         replay = Replay(old, new)
@@ -216,16 +216,16 @@ def test_whom_the_old_policy_let_in_is_not_asked_again(tmp_path: Path) -> None:
         assert isinstance(replay(made("A")), NotReplayable)
 
 
-def test_a_record_that_does_not_fit_its_policy_is_not_used(tmp_path: Path) -> None:
-    """The digest says it is the old policy's, and the old policy decides otherwise: something was not logged."""
+def test_a_record_that_its_own_policy_does_not_reproduce_is_not_used(tmp_path: Path) -> None:
+    """If the old policy, by whose digest it was made, decides otherwise, something was not logged."""
     old, new = pair(tmp_path, C_IS_LOW)
     found = Replay(old, new)(made("C", policy=old.digest))
     assert isinstance(found, NotReplayable)
     assert found.cause is Cause.OTHERWISE
 
 
-def test_records_that_are_alike_are_told_apart_by_all_that_matters(tmp_path: Path) -> None:
-    """What is remembered of one record is not said of another."""
+def test_similar_records_are_distinguished_by_everything_that_matters(tmp_path: Path) -> None:
+    """What is cached for one record is not used for another."""
     old, new = pair(tmp_path, C_IS_LOW)
     replay = Replay(old, new)
     for over, expected in (
@@ -239,8 +239,8 @@ def test_records_that_are_alike_are_told_apart_by_all_that_matters(tmp_path: Pat
         assert [outcome(replay(made("C", **over))) for _ in range(2)] == [expected] * 2  # type: ignore[arg-type]
 
 
-def test_a_log_of_the_server_is_reproduced_by_its_policy(tmp_path: Path) -> None:
-    """All that a real server logs, past the gate, comes out the same when it is replayed under the same policy."""
+def test_a_servers_log_is_reproduced_by_its_policy(tmp_path: Path) -> None:
+    """Replayed under the same policy, every decision after the gate comes out the same."""
     policy = load_policy(tmp_path)
     callers = [None, token(plan="premium"), token(plan="free", org="acme"), token(plan=None)]
     calls = [
@@ -249,7 +249,9 @@ def test_a_log_of_the_server_is_reproduced_by_its_policy(tmp_path: Path) -> None
         for experts in (["A"], ["C"], ["A", "C"], ["D"], ["X"], ["X", "A"], [])
         for headers in ({}, {"x_srp_downgrade": "never"})
     ]
-    calls += [check_request(path="/route", body=b) for b in (b"", b"{", b'{"expert_names": []}', b'{"expert_names": ["D"]}')]
+    calls += [
+        check_request(path="/route", body=b) for b in (b"", b"{", b'{"expert_names": []}', b'{"expert_names": ["D"]}')
+    ]
     found = [Replay(policy, policy)(record) for record in logged(policy, calls)]
     assert {outcome(f) for f in found} == {"unchanged"}
 
@@ -265,8 +267,8 @@ ALL_EDITS = [edits for _, edits, *_ in REPLAYS] + [edits for _, edits, _ in CHAN
 
 
 @pytest.mark.parametrize("edits", ALL_EDITS, ids=[str(n) for n in range(len(ALL_EDITS))])
-def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: list[Edit]) -> None:
-    """Each request that the old policy decided is given to the new one as well: no replay may tell otherwise."""
+def test_a_replay_agrees_with_the_new_policys_decision(tmp_path: Path, edits: list[Edit]) -> None:
+    """Each request is decided by both policies; no replay may contradict the new one."""
     old, new = pair(tmp_path, *edits)
     calls = [
         check_request(*experts, caller=None if claims is None else token(**claims), path=path, **headers)
@@ -274,7 +276,9 @@ def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: 
         for experts in (["A"], ["C"], ["A", "C"], ["D", "E"], ["B", "X"], [])
         for path, headers in (("/x", {}), ("/route", {"x_srp_downgrade": "never"}), ("/y", {"x_team": "red"}))
     ]
-    calls += [check_request(path="/route", body=b) for b in (b"{", b'{"expert_names": []}', b'{"expert_names": ["A", "B"]}')]
+    calls += [
+        check_request(path="/route", body=b) for b in (b"{", b'{"expert_names": []}', b'{"expert_names": ["A", "B"]}')
+    ]
     replay, epoch = Replay(old, new), snapshot(new)
     for call, record in zip(calls, logged(old, calls), strict=True):
         found = replay(record)
@@ -314,7 +318,7 @@ def write_log(path: Path, *records: Record) -> Path:
 
 
 def test_a_log_is_counted_with_examples(tmp_path: Path) -> None:
-    """Each kind with its count and at most three examples; what is not replayed by its cause."""
+    """Each kind has its count and up to three examples; records that cannot be replayed are counted by cause."""
     old, new = pair(tmp_path, C_IS_LOW, BY_EMAIL)
     log = write_log(
         tmp_path / "log",
@@ -338,7 +342,7 @@ def test_a_log_is_counted_with_examples(tmp_path: Path) -> None:
 
 
 def test_corrupt_lines_are_counted_with_their_places(tmp_path: Path) -> None:
-    """And do not end the replay: the lines after them are read."""
+    """The lines after them are still read."""
     old, new = pair(tmp_path, C_IS_LOW)
     log = tmp_path / "log"
     good = as_line(made("C", **ANONYMOUS)).encode()
@@ -350,8 +354,8 @@ def test_corrupt_lines_are_counted_with_their_places(tmp_path: Path) -> None:
     assert (found.corrupt, found.corrupt_at) == (5, [f"{log}:2", f"{log}:4", f"{log}:6"])
 
 
-def test_a_file_without_any_record_is_no_log(tmp_path: Path) -> None:
-    """It says nothing about callers, so nobody may take it for a log without differences. An empty one may be new."""
+def test_a_file_without_a_single_record_is_refused(tmp_path: Path) -> None:
+    """Otherwise it could be mistaken for a log without differences. An empty file may be a new log."""
     old, new = pair(tmp_path, C_IS_LOW)
     good, other, empty = write_log(tmp_path / "good", made("C")), tmp_path / "other", tmp_path / "empty"
     empty.touch()
@@ -362,7 +366,7 @@ def test_a_file_without_any_record_is_no_log(tmp_path: Path) -> None:
             compare(old, new, [good, other])
 
 
-def test_control_characters_of_a_log_do_not_reach_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_a_log_do_not_reach_the_terminal(tmp_path: Path) -> None:
     """A log may come from anywhere."""
     old, new = pair(tmp_path, C_IS_LOW)
     log = write_log(tmp_path / "log", made("C", "\x1b[2J\n", decision_id="\x1b]0;x\x07", **ANONYMOUS))
@@ -378,24 +382,24 @@ WIDENS: list[tuple[str, list[Edit], list[dict[str, Any]] | None, bool]] = [
     ("wider", [C_IS_LOW], None, True),
     ("wider, though the log has none of it", [C_IS_LOW], [{"requested": ("A",)}], True),
     ("unclear", [("premium", "gold")], None, True),
-    ("unclear, and the log tells", [("premium", "gold")], [{}], False),
-    ("unclear, and the log tells otherwise", [("premium", "gold")], [{"claims": {"plan": "gold"}}], True),
-    ("unclear, and a record cannot tell", [BY_EMAIL], [{}, ANONYMOUS], True),
+    ("unclear, and the log shows no widening", [("premium", "gold")], [{}], False),
+    ("unclear, and the log shows widening", [("premium", "gold")], [{"claims": {"plan": "gold"}}], True),
+    ("unclear, and a record cannot be replayed", [BY_EMAIL], [{}, ANONYMOUS], True),
     ("unclear, and the log is empty", [("premium", "gold")], [], True),
-    ("early refusals tell nothing either way", [("premium", "gold")],
+    ("early refusals prove nothing", [("premium", "gold")],
      [{}, {"requested": None, "reason": Reason.INVALID_TOKEN}], False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("edits", "records", "expected"), [w[1:] for w in WIDENS], ids=[w[0] for w in WIDENS])
-def test_fail_on_widening(
+def test_fail_on_widening_exits_1_if_and_only_if_access_may_widen(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     edits: list[Edit],
     records: list[dict[str, Any]] | None,
     expected: bool,
 ) -> None:
-    """`srp diff --fail-on widening` exits 1 and says why, on stderr."""
+    """And says why, on stderr."""
     old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
     text = POLICY
     for before, after in edits:
@@ -418,8 +422,8 @@ def exit_of(*command: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_old_policy_may_lie_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`git show HEAD:policy.yaml > /tmp/old.yaml`: its keys are looked for beside the new one."""
+def test_the_old_policy_may_be_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After `git show HEAD:policy.yaml > /tmp/old.yaml`, its keys are read from the new policy's folder."""
     (tmp_path / "repository").mkdir()
     new = write_policy(tmp_path / "repository", POLICY.replace("anonymous: low", "anonymous: deny"))
     old = tmp_path / "old.yaml"
@@ -428,22 +432,21 @@ def test_the_old_policy_may_lie_anywhere(tmp_path: Path, capsys: pytest.CaptureF
     assert "  narrower  anonymous: low → deny\n" in capsys.readouterr().out
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--json` holds what the text holds."""
+def test_json_has_what_the_text_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write_policy(tmp_path, POLICY, "old.yaml")
     new = write_policy(tmp_path, POLICY.replace(*C_IS_LOW), "new.yaml")
     log = write_log(tmp_path / "log", made("C", **ANONYMOUS))
     assert exit_of("diff", str(old), str(new), "--decisions", str(log), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["changes"][0] == {"effect": "wider", "path": "tier low", "text": "gains C"}
-    assert told["decisions"]["differences"]["deny_to_allow"] == 1
-    assert told["decisions"]["widening"] == 1
-    assert told["widens"] == ["tier low: gains C", "1 logged decisions widen"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["changes"][0] == {"effect": "wider", "path": "tier low", "text": "gains C"}
+    assert printed["decisions"]["differences"]["deny_to_allow"] == 1
+    assert printed["decisions"]["widening"] == 1
+    assert printed["widens"] == ["tier low: gains C", "1 logged decisions widen"]
 
 
 @pytest.mark.parametrize("what", ["old", "new", "log", "broken", "no log"])
-def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
-    """Exit 2 and one line that names the file."""
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    """In one line, with exit status 2."""
     files = {name: write_policy(tmp_path, POLICY, f"{name}.yaml") for name in ("old", "new")}
     files["log"] = write_log(tmp_path / "log")
     if what == "broken":
@@ -458,7 +461,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_many_records_are_quick(tmp_path: Path) -> None:
-    """20,000 records, each of another caller, in a fifth of the time that 100,000 may take."""
+    """20,000 records of different callers take at most a fifth of the time allowed for 100,000."""
     old, new = pair(tmp_path, C_IS_LOW)
     base = made("A", "C")
     log = write_log(
@@ -469,4 +472,4 @@ def test_many_records_are_quick(tmp_path: Path) -> None:
     assert found is not None
     assert found.differences == {Difference.DOWNGRADE_TO_ALLOW: 20_000}
     print(f"20,000 distinct callers: {found.seconds:.2f} s")
-    assert found.seconds < 10  # a machine that is busy with other tests
+    assert found.seconds < 10  # on a machine that is busy with other tests

@@ -1,4 +1,4 @@
-"""`srp test`: cases that pass, fail or cannot be used, and what of the policy they touched."""
+"""`srp test`: cases that pass, fail or cannot be used, and how much of the policy they cover."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ revoked: {{jti: [gone], sub: [mallory], issued_before: 2026-01-01T00:00:00Z}}
 
 
 def write_cases(directory: Path, *cases: str, name: str = "policy_test.yaml", policy: str = POLICY) -> Path:
-    """The policy, and a test file with these cases, each one line of flow mapping."""
+    """The policy, and a test file with these cases, each a flow mapping in one line."""
     write_policy(directory, policy)
     path = directory / name
     path.write_text("policy: policy.yaml\ncases:\n" + "".join(f"  - {{{case}}}\n" for case in cases))
@@ -42,8 +42,8 @@ def write_cases(directory: Path, *cases: str, name: str = "policy_test.yaml", po
 
 
 def run(path: Path, **options: Any) -> tuple[int, str]:
-    told: list[str] = []
-    return policy_test.main(path, told.append, **options), "".join(told)
+    printed: list[str] = []
+    return policy_test.main(path, printed.append, **options), "".join(printed)
 
 
 CASES = [
@@ -82,13 +82,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", [c[1] for c in CASES], ids=[c[0] for c in CASES])
 def test_a_case_that_holds_passes(tmp_path: Path, case: str) -> None:
-    """Through the gate or past it, with claims or without."""
-    status, told = run(write_cases(tmp_path, f"name: it, {case}"))
-    assert (status, told.splitlines()[-1].split(" in ")[0]) == (0, "1 passed, 0 failed"), told
+    """With or without the gate, with or without claims."""
+    status, printed = run(write_cases(tmp_path, f"name: it, {case}"))
+    assert (status, printed.splitlines()[-1].split(" in ")[0]) == (0, "1 passed, 0 failed"), printed
 
 
 FAILS = [
-    # name, case, what is told of it
+    # name, case, what is printed
     ("verdict", "anonymous: true, experts: [C], downgrade: false, expect: {verdict: allow}", [
         "  verdict   expected allow, got deny",
         "  | struck    C  tier_too_low (line 12: experts.C.tier)",
@@ -115,18 +115,18 @@ FAILS = [
 
 
 @pytest.mark.parametrize(("case", "lines"), [f[1:] for f in FAILS], ids=[f[0] for f in FAILS])
-def test_a_failure_tells_expected_got_and_the_rule_that_decided(tmp_path: Path, case: str, lines: list[str]) -> None:
-    """With file and line of the case."""
+def test_a_failure_shows_expected_got_and_the_deciding_rule(tmp_path: Path, case: str, lines: list[str]) -> None:
+    """With the case's file and line."""
     path = write_cases(tmp_path, f"name: it, {case}")
-    status, told = run(path)
+    status, printed = run(path)
     assert status == 1
-    assert f"FAILED {path}:3: it\n" in told
-    assert [line for line in lines if line not in told.splitlines()] == [], told
-    assert "0 passed, 1 failed in " in told
+    assert f"FAILED {path}:3: it\n" in printed
+    assert [line for line in lines if line not in printed.splitlines()] == [], printed
+    assert "0 passed, 1 failed in " in printed
 
 
-def test_the_output_has_a_dot_a_case_or_a_line(tmp_path: Path) -> None:
-    """As pytest does it."""
+def test_the_output_has_a_dot_or_a_line_per_case(tmp_path: Path) -> None:
+    """As pytest does."""
     good, bad = (
         "anonymous: true, experts: [A], expect: {verdict: allow}",
         "claims: {}, experts: [A], expect: {verdict: deny}",
@@ -171,12 +171,12 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("case", "message"), [u[1:] for u in UNUSABLE], ids=[u[0] for u in UNUSABLE])
-def test_a_file_that_cannot_be_used_is_said_with_line_and_column(tmp_path: Path, case: str, message: str) -> None:
-    """And the exit status is 2."""
+def test_a_file_that_cannot_be_used_is_reported_with_line_and_column(tmp_path: Path, case: str, message: str) -> None:
+    """The exit status is 2."""
     path = write_cases(tmp_path, case)
-    status, told = run(path)
+    status, printed = run(path)
     assert status == 2
-    assert f"{path}:{message}" in told.splitlines()
+    assert f"{path}:{message}" in printed.splitlines()
 
 
 HARSH: list[tuple[str, Callable[[Path], object], str]] = [
@@ -192,17 +192,17 @@ HARSH: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("harm", "message"), [h[1:] for h in HARSH], ids=[h[0] for h in HARSH])
-def test_files_that_are_not_there_or_not_whole(tmp_path: Path, harm: Callable[[Path], object], message: str) -> None:
-    """2, and the file is named."""
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path, harm: Callable[[Path], object], message: str) -> None:
+    """The exit status is 2."""
     write_cases(tmp_path, GOOD)
     harm(tmp_path)
-    status, told = run(tmp_path)
+    status, printed = run(tmp_path)
     assert status == 2
-    assert message in told
+    assert message in printed
 
 
-def test_a_folder_is_all_the_test_files_below_it(tmp_path: Path) -> None:
-    """But not those in hidden folders, such as a ConfigMap's `..data`."""
+def test_a_folder_stands_for_all_test_files_below_it(tmp_path: Path) -> None:
+    """Except those in hidden folders, such as a ConfigMap's `..data`."""
     for name in ("b_test.yaml", "a_test.yaml", "test_c.yaml", "d_test.yml"):
         write_cases(tmp_path, GOOD, name=name)
     for folder in ("inner", "..data"):
@@ -210,18 +210,18 @@ def test_a_folder_is_all_the_test_files_below_it(tmp_path: Path) -> None:
         write_cases(tmp_path / folder, GOOD)
     found = [str(p.relative_to(tmp_path)) for p in policy_cases.find(tmp_path)]
     assert found == ["a_test.yaml", "b_test.yaml", "inner/policy_test.yaml"]
-    status, told = run(tmp_path)
+    status, printed = run(tmp_path)
     assert status == 0
-    assert "3 passed, 0 failed" in told
+    assert "3 passed, 0 failed" in printed
 
 
-def test_all_unusable_files_are_told_at_once(tmp_path: Path) -> None:
-    """And no case is run."""
+def test_all_unusable_files_are_reported_at_once(tmp_path: Path) -> None:
+    """And no case runs."""
     for name in ("a_test.yaml", "b_test.yaml"):
         write_cases(tmp_path, "name: it", name=name)
-    status, told = run(tmp_path)
+    status, printed = run(tmp_path)
     assert status == 2
-    assert ("a_test.yaml:3:5" in told, "b_test.yaml:3:5" in told, "passed" in told) == (True, True, False)
+    assert ("a_test.yaml:3:5" in printed, "b_test.yaml:3:5" in printed, "passed" in printed) == (True, True, False)
 
 
 # ---- coverage --------------------------------------------------------------------------------------------------------
@@ -249,39 +249,38 @@ TOUCHES = [
 
 
 @pytest.mark.parametrize(("case", "touched"), [t[1:] for t in TOUCHES], ids=[t[0] for t in TOUCHES])
-def test_coverage_tells_what_no_case_touched(tmp_path: Path, case: str, touched: set[str]) -> None:
-    """Each part of the policy with its line, and the percentage."""
-    _, told = run(write_cases(tmp_path, f"name: it, {case}, expect: {{verdict: allow}}"), coverage=True)
-    rows = [line.split(": ")[:2] for line in told.splitlines() if line.startswith(f"{tmp_path}/policy.yaml:")]
+def test_coverage_lists_the_parts_that_no_case_touched(tmp_path: Path, case: str, touched: set[str]) -> None:
+    """With their lines, and the percentage covered."""
+    _, printed = run(write_cases(tmp_path, f"name: it, {case}, expect: {{verdict: allow}}"), coverage=True)
+    rows = [line.split(": ")[:2] for line in printed.splitlines() if line.startswith(f"{tmp_path}/policy.yaml:")]
     assert {path for _, path in rows} == ALL_PARTS - touched
     percent = 100 * len(touched) // len(ALL_PARTS)
-    assert f"policy.yaml: {len(touched)} of {len(ALL_PARTS)} ({percent} %)\n" in told
+    assert f"policy.yaml: {len(touched)} of {len(ALL_PARTS)} ({percent} %)\n" in printed
     lines = {path: int(place.rpartition(":")[2]) for place, path in rows}
     policy = POLICY.splitlines()
     assert all(path.split(".")[1] + ":" in policy[n - 1] for path, n in lines.items() if path.startswith("experts"))
 
 
-def test_fail_under(tmp_path: Path) -> None:
-    """The exit status is 1 if less is touched, and what is missing is listed without being asked for."""
+def test_fail_under_exits_1_if_less_is_covered(tmp_path: Path) -> None:
+    """What is not covered is listed, even without `--coverage`."""
     path = write_cases(tmp_path, GOOD)
     assert run(path, fail_under=10.0)[0] == 0
-    status, told = run(path, fail_under=10.5)
+    status, printed = run(path, fail_under=10.5)
     assert status == 1
-    assert "coverage is under 10.5 %" in told
-    assert "experts.B: no case asks for it or is offered it" in told
+    assert "coverage is under 10.5 %" in printed
+    assert "experts.B: no case asks for it or is offered it" in printed
 
 
-def test_all_files_of_a_policy_count_together(tmp_path: Path) -> None:
-    """What one file's cases do not touch, another's may."""
+def test_all_test_files_of_a_policy_count_together(tmp_path: Path) -> None:
     write_cases(tmp_path, GOOD, name="a_test.yaml")
     write_cases(tmp_path, GOOD.replace("[A]", "[B]").replace("allow", "deny"), name="b_test.yaml")
-    _, told = run(tmp_path, coverage=True)
-    assert told.count("coverage of ") == 1
-    assert "policy.yaml: 3 of 10 (30 %)" in told
+    _, printed = run(tmp_path, coverage=True)
+    assert printed.count("coverage of ") == 1
+    assert "policy.yaml: 3 of 10 (30 %)" in printed
 
 
 def test_a_policy_without_a_gate_has_no_gate_to_cover(tmp_path: Path) -> None:
-    """The gate that is there by default is nobody's to test."""
+    """The default gate is not the policy's to test."""
     policy = POLICY[: POLICY.index("gate:")]
-    _, told = run(write_cases(tmp_path, GOOD, policy=policy), coverage=True)
-    assert "1 of 8" in told
+    _, printed = run(write_cases(tmp_path, GOOD, policy=policy), coverage=True)
+    assert "1 of 8" in printed

@@ -1,4 +1,4 @@
-"""The shadow policy: it sees every request, is counted, and can do nothing else."""
+"""The shadow policy: it sees every request, its differences are counted, and it can do nothing else."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def shadow_of(directory: Path, *edits: Edit) -> Path:
     return write_policy(directory, text, "shadow.yaml")
 
 
-async def judged(directory: Path, calls: list[bytes], *edits: Edit, check: Any = None) -> tuple[Shadow, list[bytes]]:
-    """The shadow policy with `edits` beside the policy, after these Check calls; and their answers."""
+async def compared(directory: Path, calls: list[bytes], *edits: Edit, check: Any = None) -> tuple[Shadow, list[bytes]]:
+    """The shadow policy, the policy with `edits`, after these Check calls; and their answers."""
     it = check or authorization(load_policy(directory))
     shadow = Shadow(shadow_of(directory, *edits))
     try:
@@ -67,7 +67,7 @@ async def judged(directory: Path, calls: list[bytes], *edits: Edit, check: Any =
         await shadow.close()
 
 
-JUDGED: list[tuple[str, Callable[[], bytes], list[Edit], str]] = [
+COMPARED: list[tuple[str, Callable[[], bytes], list[Edit], str]] = [
     ("the same policy", lambda: check_request("A", "C"), [], "unchanged"),
     ("C for all", lambda: check_request("C"), [C_IS_LOW], "deny_to_allow"),
     ("C for all, beside A", lambda: check_request("A", "C"), [C_IS_LOW], "downgrade_to_allow"),
@@ -77,7 +77,12 @@ JUDGED: list[tuple[str, Callable[[], bytes], list[Edit], str]] = [
     ("fewer stand-ins", lambda: check_request("D"), [ONLY_B], "experts_changed"),
     ("stand-ins in another order", lambda: check_request("D"), [TURNED], "unchanged"),
     ("no anonymous callers", lambda: check_request("A"), [NOBODY_ANONYMOUS], "allow_to_deny"),
-    ("another clearance rule", lambda: check_request("C", caller=token(plan="premium")), [OTHER_CLAIM], "allow_to_deny"),
+    (
+        "another clearance rule",
+        lambda: check_request("C", caller=token(plan="premium")),
+        [OTHER_CLAIM],
+        "allow_to_deny",
+    ),
     ("and whom it lets in", lambda: check_request("C", caller=token(org="acme")), [OTHER_CLAIM], "deny_to_allow"),
     ("an issuer that it does not trust", lambda: check_request("A", caller=token()), [NO_ISSUER], "allow_to_deny"),
     ("a bad token", lambda: check_request("A", caller="x"), [C_IS_LOW], "unchanged"),
@@ -86,18 +91,18 @@ JUDGED: list[tuple[str, Callable[[], bytes], list[Edit], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "edits", "expected"), [j[1:] for j in JUDGED], ids=[j[0] for j in JUDGED])
-def test_what_would_differ_is_counted(
+@pytest.mark.parametrize(("call", "edits", "expected"), [j[1:] for j in COMPARED], ids=[j[0] for j in COMPARED])
+def test_each_difference_is_counted(
     tmp_path: Path, call: Callable[[], bytes], edits: list[Edit], expected: str
 ) -> None:
-    """Each kind of difference has its count."""
-    shadow, _ = asyncio.run(judged(tmp_path, [call()] * 3, *edits))
+    """By kind."""
+    shadow, _ = asyncio.run(compared(tmp_path, [call()] * 3, *edits))
     assert shadow.differences == {expected: 3}
     assert shadow.status.differences == {expected: 3}
 
 
-def test_the_answer_is_the_same_bytes_with_and_without(tmp_path: Path) -> None:
-    """But for the decision's id, which is another for each."""
+def test_an_answer_is_the_same_bytes_with_and_without_a_shadow(tmp_path: Path) -> None:
+    """Except for the decision's id."""
     calls = [
         check_request("A", "C"),
         check_request("C"),
@@ -112,20 +117,20 @@ def test_the_answer_is_the_same_bytes_with_and_without(tmp_path: Path) -> None:
         it = authorization(policy)
         return [await it.check(call) for call in calls]
 
-    _, answers = asyncio.run(judged(tmp_path, calls, C_IS_LOW, check=authorization(policy)))
+    _, answers = asyncio.run(compared(tmp_path, calls, C_IS_LOW, check=authorization(policy)))
     for answer, other in zip(answers, asyncio.run(plain()), strict=True):
         one, two = (client_headers(a)["x-srp-decision-id"].encode() for a in (answer, other))
         assert answer.replace(one, b"") == other.replace(two, b"")
 
 
 def test_a_shadow_that_breaks_is_only_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An exception in it reaches nobody; it is logged once, without its text."""
+    """An exception in it affects no answer; it is logged once, without its text."""
 
     async def break_it() -> tuple[Shadow, list[bytes]]:
         it = authorization(load_policy(tmp_path))
         shadow = Shadow(shadow_of(tmp_path))
         await shadow.reload()
-        # A snapshot that is none: whatever it is asked for fails.
+        # Not a snapshot: any access fails.
         shadow._snapshot = object()  # type: ignore[assignment]
         it.witness = Witness(shadow, None)
         answers = [await it.check(check_request("A")) for _ in range(3)]
@@ -141,8 +146,8 @@ def test_a_shadow_that_breaks_is_only_counted(tmp_path: Path, caplog: pytest.Log
     ]
 
 
-def test_keys_it_does_not_have_are_no_difference(tmp_path: Path) -> None:
-    """A token that the shadow cannot verify yet is counted apart, not as a denial."""
+def test_keys_that_the_shadow_lacks_are_no_difference(tmp_path: Path) -> None:
+    """A token that the shadow cannot verify yet is counted separately, not as a denial."""
 
     async def judge() -> Shadow:
         policy = load_policy(tmp_path)
@@ -159,8 +164,8 @@ def test_keys_it_does_not_have_are_no_difference(tmp_path: Path) -> None:
     assert asyncio.run(judge()).differences == {NotCompared.KEYS: 1}
 
 
-def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
-    """New keys of an issuer that both read from one place do not wait for the shadow's own look at it."""
+def test_a_shadow_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
+    """New keys of an issuer that both policies read from the same source do not wait for the shadow's own fetch."""
 
     async def judge() -> Shadow:
         policy = load_policy(tmp_path)
@@ -179,8 +184,8 @@ def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
     assert asyncio.run(judge()).differences == {Difference.UNCHANGED: 1}
 
 
-def test_it_is_reloaded_live_and_a_bad_file_keeps_the_last_good(tmp_path: Path) -> None:
-    """As the policy in force is; `/status` counts from the shadow's own beginning, metrics from the server's."""
+def test_a_shadow_is_reloaded_and_a_bad_file_keeps_the_last_good_one(tmp_path: Path) -> None:
+    """`/status` counts from when the shadow policy was loaded, metrics from when the server started."""
     path = shadow_of(tmp_path, C_IS_LOW)
 
     async def live() -> None:
@@ -222,8 +227,8 @@ def test_it_is_reloaded_live_and_a_bad_file_keeps_the_last_good(tmp_path: Path) 
     asyncio.run(live())
 
 
-def test_without_a_good_file_it_judges_nothing(tmp_path: Path) -> None:
-    """No shadow policy is no reason not to serve."""
+def test_without_a_good_file_nothing_is_compared(tmp_path: Path) -> None:
+    """And the server still serves."""
 
     async def judge() -> Shadow:
         shadow = Shadow(tmp_path / "absent.yaml")
@@ -245,7 +250,7 @@ def test_without_a_good_file_it_judges_nothing(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def served(it: Authorization) -> Any:
-    """A gRPC server on a free port, and a caller of its Check."""
+    """A gRPC server on a free port, and its Check method."""
     server = Server("127.0.0.1:0", it.handlers())
     await server.start()
     try:
@@ -255,8 +260,8 @@ async def served(it: Authorization) -> Any:
         await server.stop(1)
 
 
-def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
-    """Shadow and log together, by gRPC: all three tell the same differences."""
+def test_metrics_status_and_log_show_the_same_differences(tmp_path: Path) -> None:
+    """With a shadow policy and a decision log, over gRPC."""
     path = tmp_path / "decisions.jsonl"
 
     async def run() -> tuple[Witness, list[str]]:
@@ -268,7 +273,12 @@ def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
         witness.set_active(it.epoch.snapshot)
         ids = []
         async with served(it) as check:
-            for call in (check_request("C"), check_request("A"), check_request("C", caller=token(plan="premium")), check_request("A", "C")):
+            for call in (
+                check_request("C"),
+                check_request("A"),
+                check_request("C", caller=token(plan="premium")),
+                check_request("A", "C"),
+            ):
                 ids.append(client_headers(await check(call))["x-srp-decision-id"])
         await witness.close()
         return witness, ids
@@ -277,18 +287,18 @@ def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
     kinds = ["deny_to_allow", "unchanged", "unchanged", "downgrade_to_allow"]
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["decision_id"], r["shadow"]) for r in records] == list(zip(ids, kinds, strict=True))
-    told_of = witness.report()
-    assert told_of["shadow"]["differences"] == {"deny_to_allow": 1, "downgrade_to_allow": 1, "unchanged": 2}
-    assert told_of["decision_log"] == {"written": 4, "dropped": 0, "failed": 0}
+    report = witness.report()
+    assert report["shadow"]["differences"] == {"deny_to_allow": 1, "downgrade_to_allow": 1, "unchanged": 2}
+    assert report["decision_log"] == {"written": 4, "dropped": 0, "failed": 0}
     text = generate_latest(registry(witness.families)).decode()
     assert 'srp_shadow_decisions_total{difference="deny_to_allow"} 1.0' in text
     assert "srp_shadow_policy_error 0.0" in text
     assert 'srp_decision_log_records_total{outcome="written"} 4.0' in text
-    assert json.dumps(told_of)
+    assert json.dumps(report)
 
 
-def test_srp_serve_with_both(tmp_path: Path) -> None:
-    """The flags work, and what was decided before SIGTERM is in the log after it."""
+def test_srp_serve_takes_a_decision_log_and_a_shadow_policy(tmp_path: Path) -> None:
+    """What was decided before SIGTERM is in the log after it."""
     log, sock = tmp_path / "decisions.jsonl", tmp_path / "s"
     policy, shadow = write_policy(tmp_path), shadow_of(tmp_path, C_IS_LOW)
     command = [

@@ -1,4 +1,4 @@
-"""`scripts/smoke` against small gateways: one that behaves, and some that each have one hole it must find."""
+"""`scripts/smoke` against small gateways: a correct one, and some that each have one hole it must find."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIERS = {"A": "low", "B": "low", "C": "high"}
 
 
 def jwt(subject: str) -> str:
-    """A token in form only: the stub knows its tokens by heart."""
+    """A token in form only: the stub knows its tokens."""
     parts = (b'{"alg":"ES256"}', json.dumps({"sub": subject}).encode(), b"signature of " + subject.encode())
     return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
 
@@ -32,7 +32,7 @@ TOKENS = {"low": jwt("lou"), "premium": jwt("pat")}
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Design §3 in a few lines. `hole` names what this gateway gets wrong."""
+    """The decision table in a few lines. `hole` names what this gateway gets wrong."""
 
     hole = ""
 
@@ -84,27 +84,27 @@ class Stub(BaseHTTPRequestHandler):
 
     def serve(self, decision: str, expert: str) -> None:
         answered = "C" if self.hole == "believes x-target-cluster" and self.headers["x-target-cluster"] else expert
-        told = {"x-srp-decision": decision, "x-srp-reason": "permitted", "x-srp-expert": expert}
-        self.answer(200, told, {"expert": f"Expert_{answered}", "status": "processed"})
+        headers = {"x-srp-decision": decision, "x-srp-reason": "permitted", "x-srp-expert": expert}
+        self.answer(200, headers, {"expert": f"Expert_{answered}", "status": "processed"})
 
     def deny(self, status: int, reason: str, **more: str) -> None:
-        told = {"x-srp-decision": "deny", "x-srp-reason": reason}
+        headers = {"x-srp-decision": "deny", "x-srp-reason": reason}
         if status == 401 and self.hole != "no challenge":
-            told["www-authenticate"] = 'Bearer error="invalid_token"'
-        self.answer(status, told, {"error": {"code": reason, "decision_id": "d1", **more}})
+            headers["www-authenticate"] = 'Bearer error="invalid_token"'
+        self.answer(status, headers, {"error": {"code": reason, "decision_id": "d1", **more}})
 
-    def answer(self, status: int, told: dict[str, str], body: dict[str, Any]) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: dict[str, Any]) -> None:
         if self.hole == "hangs up":
             return
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {**told, "X-Srp-Decision-Id": "d1", "content-length": str(len(data))}.items():
+        for name, value in {**headers, "X-Srp-Decision-Id": "d1", "content-length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Nothing is logged."""
 
 
 @contextmanager
@@ -132,8 +132,8 @@ def smoke(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_passes_a_gateway_that_keeps_the_table(tokens: Path) -> None:
-    """Every row is `ok`, the last line counts them, and the exit status is 0."""
+def test_a_gateway_that_follows_the_table_passes(tokens: Path) -> None:
+    """Every row is `ok`, the last line counts the rows, and the exit status is 0."""
     with gateway() as url:
         result = smoke(url, tokens)
     *rows, last = result.stdout.splitlines()
@@ -175,8 +175,8 @@ HOLES = [
 
 
 @pytest.mark.parametrize(("hole", "failing"), HOLES, ids=[hole for hole, _ in HOLES])
-def test_fails_exactly_the_rows_that_a_hole_breaks(tokens: Path, hole: str, failing: set[str]) -> None:
-    """A gateway with a hole makes smoke exit 1 and name the broken rows, and no other."""
+def test_a_hole_fails_exactly_the_rows_it_breaks(tokens: Path, hole: str, failing: set[str]) -> None:
+    """The exit status is 1."""
     with gateway(hole) as url:
         result = smoke(url, tokens)
     *rows, last = result.stdout.splitlines()
@@ -185,8 +185,7 @@ def test_fails_exactly_the_rows_that_a_hole_breaks(tokens: Path, hole: str, fail
     assert last == f"{len(rows) - len(failing)} passed, {len(failing)} failed"
 
 
-def test_says_what_was_expected_and_what_came(tokens: Path) -> None:
-    """A FAIL line holds both sides of every difference."""
+def test_a_failed_row_says_what_was_expected_and_what_came(tokens: Path) -> None:
     with gateway("C open") as url:
         result = smoke(url, tokens)
     (line,) = (row for row in result.stdout.splitlines() if row.startswith("FAIL  low caller asks for C:"))
@@ -195,7 +194,7 @@ def test_says_what_was_expected_and_what_came(tokens: Path) -> None:
 
 
 def test_a_row_without_an_answer_fails(tokens: Path) -> None:
-    """A gateway that accepts and hangs up passes no row."""
+    """If the gateway accepts connections and hangs up, no row passes."""
     with gateway("hangs up") as url:
         result = smoke(url, tokens)
     assert result.returncode == 1
@@ -204,7 +203,7 @@ def test_a_row_without_an_answer_fails(tokens: Path) -> None:
 
 
 def test_verbose_prints_no_token(tokens: Path) -> None:
-    """-v shows requests and answers, and keeps the credentials to itself."""
+    """It shows requests and answers without credentials."""
     with gateway() as url:
         result = smoke(url, tokens, "-v")
     assert "POST /route" in result.stdout
@@ -225,11 +224,11 @@ def test_verbose_prints_no_token(tokens: Path) -> None:
     ids=["no arguments", "scheme", "port", "no tokens", "no token", "timeout", "unreachable"],
 )
 def test_bad_usage_exits_2_with_one_line(tokens: Path, arguments: list[str], complaint: str) -> None:
-    """Mistakes of the person who runs it are told apart from mistakes of the gateway."""
+    """Mistakes of the user are distinguished from those of the gateway."""
     (tokens / "bad").mkdir()
     for name in TOKENS:
         (tokens / "bad" / f"{name}.jwt").write_text("not-a-token")
-    with socket.socket() as bound:  # bound and not listening: nothing else can take the port, nothing answers
+    with socket.socket() as bound:  # bound but not listening: no other process can take the port, and none answers
         bound.bind(("127.0.0.1", 0))
         closed = bound.getsockname()[1]
         result = smoke(*(argument.format(tokens=tokens, closed=closed) for argument in arguments))

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 
 from ext_authz.core.policy import Endpoint
+from ext_authz.demo.ports import HOST
 from ext_authz.wire.ads import PublishResult
-from tests.harness.rig import FAST, HOST, Rig, policy, rig, until
+from tests.harness.rig import FAST, Rig, policy, rig
+from tests.harness.waiting import until
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_an_expert_that_answers_its_health_check_late_is_waited_for(running: Rig
     running.run(scene())
 
 
-def test_envoy_says_what_it_does_not_accept_and_keeps_what_it_had(running: Rig) -> None:
+def test_envoy_says_what_it_rejects_and_keeps_its_clusters(running: Rig) -> None:
     async def scene() -> None:
         good = running.policy()
         experts = dict(good.experts)
@@ -59,7 +61,7 @@ def test_envoy_says_what_it_does_not_accept_and_keeps_what_it_had(running: Rig) 
     running.run(scene())
 
 
-def test_envoy_restarts(running: Rig) -> None:
+def test_a_restarted_envoy_gets_the_clusters_in_force(running: Rig) -> None:
     async def scene() -> None:
         await running.stop_envoy()
         await until(lambda: running.ads.connected == 0, "the stream to end")
@@ -71,7 +73,7 @@ def test_envoy_restarts(running: Rig) -> None:
     running.run(scene())
 
 
-def test_ext_authz_restarts_and_envoy_keeps_its_clusters_meanwhile(running: Rig) -> None:
+def test_envoy_keeps_its_clusters_while_ext_authz_restarts(running: Rig) -> None:
     async def scene() -> None:
         await running.stop_authz()
         assert (await running.send("expert-a")).code == "authz_unavailable"
@@ -88,7 +90,7 @@ def test_ext_authz_restarts_and_envoy_keeps_its_clusters_meanwhile(running: Rig)
     running.run(scene())
 
 
-def test_requests_are_served_throughout_a_change_of_experts(running: Rig) -> None:
+def test_requests_are_served_while_experts_change(running: Rig) -> None:
     async def scene() -> None:
         stop = asyncio.Event()
 
@@ -102,7 +104,7 @@ def test_requests_are_served_throughout_a_change_of_experts(running: Rig) -> Non
         await running.add("C")
         for names in ("ABC", "AB", "ABC", "BA", "ABC"):
             assert (await running.publish(running.policy(names))).result is PublishResult.ACKED
-        for n in (1, 2, 3):  # the experts' own clusters are replaced
+        for n in (1, 2, 3):  # replaces the experts' own clusters
             assert (await running.publish(running.policy(max_requests=500 + n))).result is PublishResult.ACKED
         stop.set()
         statuses = [s for c in clients for s in await c]
@@ -112,8 +114,8 @@ def test_requests_are_served_throughout_a_change_of_experts(running: Rig) -> Non
     running.run(scene())
 
 
-def test_a_type_without_a_policy_is_no_reason_to_hang(running: Rig) -> None:
-    """An empty policy is acknowledged too: Envoy drops every expert."""
+def test_a_policy_without_experts_is_acknowledged(running: Rig) -> None:
+    """Envoy drops every expert."""
 
     async def scene() -> None:
         empty = policy({}, FAST)

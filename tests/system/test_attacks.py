@@ -23,7 +23,7 @@ def post(target: str, headers: str = "", version: str = "HTTP/1.1") -> bytes:
     return f"POST {target} {version}\r\n{fixed}{headers}\r\n".encode("latin-1")
 
 
-NOBODY_IS_REACHED = [
+AMBIGUOUS = [
     # name, bytes, status
     ("escaped slash", post("/route%2f..%2fx"), 400),
     ("escaped backslash", post("/v1/%5c..%5croute"), 400),
@@ -48,9 +48,9 @@ NOBODY_IS_REACHED = [
 ]
 
 
-@pytest.mark.parametrize(("data", "status"), [c[1:] for c in NOBODY_IS_REACHED], ids=[c[0] for c in NOBODY_IS_REACHED])
-def test_what_could_be_read_in_two_ways_reaches_nobody(proxy: System, data: bytes, status: int) -> None:
-    """Each is refused as a whole, with a JSON body and without an expert."""
+@pytest.mark.parametrize(("data", "status"), [c[1:] for c in AMBIGUOUS], ids=[c[0] for c in AMBIGUOUS])
+def test_a_request_that_could_be_read_in_two_ways_reaches_no_expert(proxy: System, data: bytes, status: int) -> None:
+    """It is refused with a JSON body."""
     before = sum(map(proxy.served, proxy.ports))
     answer = exchange(proxy.port, data)
     assert (answer.status, "x-srp-expert" in answer.headers) == (status, False)
@@ -76,8 +76,8 @@ ONE_MEANING = [
 
 
 @pytest.mark.parametrize(("data", "status", "asked"), [c[1:] for c in ONE_MEANING], ids=[c[0] for c in ONE_MEANING])
-def test_what_is_odd_has_one_meaning(proxy: System, data: bytes, status: int, asked: str) -> None:
-    """The gate and the expert take it for the same; nobody above the caller's tier is reached, no identity forged."""
+def test_an_odd_request_has_one_meaning(proxy: System, data: bytes, status: int, asked: str) -> None:
+    """Gate and expert read the same; no expert above the caller's tier is reached, and no identity is forged."""
     before = {name: Counter(proxy.seen(name)) for name in proxy.ports}
     answer = exchange(proxy.port, data)
     headers = answer.headers
@@ -101,22 +101,22 @@ TWO_READINGS = [
 
 
 @pytest.mark.parametrize(("body", "kind"), TWO_READINGS)
-def test_a_body_that_an_expert_may_read_otherwise_is_refused(proxy: System, body: bytes, kind: str) -> None:
-    """Readers that do not tell case apart, or that go by the charset, would find another model in it."""
+def test_a_body_that_an_expert_might_read_differently_is_refused(proxy: System, body: bytes, kind: str) -> None:
+    """Readers that ignore case, or that respect the charset, would find another model in it."""
     answer = proxy.send("/v1/chat/completions", body=body, headers=[("content-type", kind)])
     assert (answer.status, answer.code) == (400, "bad_gate")
 
 
-def test_bodies_that_everybody_reads_alike_pass(proxy: System) -> None:
-    """Another spelling elsewhere in the body, and UTF-8 by any name, are nobody's business."""
+def test_a_body_that_everyone_reads_alike_passes(proxy: System) -> None:
+    """Another spelling elsewhere in the body, and UTF-8 by any name, do no harm."""
     body = b'{"model": "A", "options": {"Model": "C"}, "models": "C"}'
     for kind in ("application/json; charset=UTF-8", 'application/json;charset="utf-8"', "text/plain; x=charset"):
         answer = proxy.send("/v1/chat/completions", body=body, headers=[("content-type", kind)])
         assert (answer.status, answer.headers.get("x-srp-requested")) == (200, "A"), kind
 
 
-def test_the_access_log_is_lines_of_json_whatever_comes(proxy: System) -> None:
-    """Quotes, control characters and bytes that are no UTF-8 stay inside their line."""
+def test_the_access_log_is_lines_of_json_whatever_the_request(proxy: System) -> None:
+    """Quotes, control characters and bytes that are not UTF-8 stay inside their line."""
     exchange(proxy.port, post('/log-"quoted"?"secret"', 'x-request-id: "x"\r\nuser-agent: a"\xff\r\n'))
     wait_for(lambda: "log-" in proxy.envoy.log.read_text(errors="replace"), "the access log", seconds=15)
     for line in proxy.envoy.log.read_bytes().splitlines():

@@ -1,4 +1,4 @@
-"""What the control path does when Envoy does not agree."""
+"""A new policy that Envoy does not accept."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ experts:
 """
 
 
-def test_a_nacked_cluster_leaves_the_old_policy_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port of 99999 that slips past: decisions and Envoy stay as they were, and Envoy's words are reported."""
+def test_a_policy_that_envoy_rejects_changes_neither_decisions_nor_envoy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port of 99999 reaches Envoy: decisions and Envoy stay as they were, and Envoy's message is reported."""
     good_resources = ext_authz.serve.control.cluster_resources
 
-    def slip(policy: Policy) -> Resources:
-        """The true resources, but for the marked policy, whose port is made one that cannot be."""
+    def with_mistake(policy: Policy) -> Resources:
+        """The policy's resources; in those of the marked policy, the port is impossible."""
         made = good_resources(policy)
         if policy.experts["A"].traffic.max_requests != 99:
             return made
         return Resources.of({url: tuple(_port_99999(m) for m in messages) for url, messages in made.types.items()})
 
-    monkeypatch.setattr(ext_authz.serve.control, "cluster_resources", slip)
+    monkeypatch.setattr(ext_authz.serve.control, "cluster_resources", with_mistake)
     path = tmp_path / "policy.yaml"
     (tmp_path / "jwks.json").write_bytes(tokens.jwks("ES256"))
     with rig({"A": 1}) as it:
@@ -46,7 +48,7 @@ def test_a_nacked_cluster_leaves_the_old_policy_for_both(tmp_path: Path, monkeyp
         path.write_text(text)
         installed: list[Epoch] = []
 
-        async def story() -> None:
+        async def scene() -> None:
             keys = KeyStore()
             control = Control(path, keys, it.ads, installed.append)
             try:
@@ -68,11 +70,11 @@ def test_a_nacked_cluster_leaves_the_old_policy_for_both(tmp_path: Path, monkeyp
                 await control.close()
                 await keys.close()
 
-        it.run(story())
+        it.run(scene())
 
 
 def _port_99999(message: bytes) -> bytes:
-    from ext_authz.wire.clusters import _TWINS, Cluster  # the injected fault is made in the message that is really sent
+    from ext_authz.wire.clusters import _TWINS, Cluster  # the mistake is made in the message that is really sent
 
     cluster = _TWINS[Cluster].FromString(message)
     for group in cluster.load_assignment.endpoints:

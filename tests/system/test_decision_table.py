@@ -13,7 +13,9 @@ import pytest
 
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import Answer, System, system, wait_for
+from tests.harness.answer import Answer
+from tests.harness.system import System, system
+from tests.harness.waiting import wait_for
 
 ALGORITHMS = ("RS256", "ES256", "EdDSA")
 NEVER = (("x-srp-downgrade", "never"),)
@@ -28,7 +30,7 @@ def premium(alg: str = "ES256", **claims: Any) -> str:
 
 
 def expert_of(answer: Answer) -> str:
-    """Who answered, by its own word; it must agree with what the proxy says."""
+    """The expert that answered, by its own account, which must agree with the proxy's."""
     name = str(answer.json["expert"]).removeprefix("Expert_")
     assert answer.headers["x-srp-expert"] == name
     return name
@@ -48,10 +50,10 @@ SERVED = [
 
 
 @pytest.mark.parametrize(("name", "caller", "asked", "headers", "verdict", "reason", "who"), SERVED)
-def test_served(
+def test_a_permitted_request_is_served_by_an_expected_expert(
     proxy: System, name: str, caller: str | None, asked: Any, headers: Any, verdict: str, reason: str, who: set[str]
 ) -> None:
-    """The caller is served by an expert of the expected set, and told the verdict."""
+    """With the verdict in the headers."""
     token = {"low": low, "premium": premium}[caller]() if caller else None
     answer = proxy.send(experts=asked, token=token, headers=headers)
     assert answer.status == 200, (name, answer)
@@ -82,8 +84,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "caller", "how", "status", "code"), REFUSED)
-def test_refused(proxy: System, name: str, caller: str | None, how: dict[str, Any], status: int, code: str) -> None:
-    """The refusal has its status and says why; no expert is reached."""
+def test_a_refused_request_reaches_no_expert(
+    proxy: System, name: str, caller: str | None, how: dict[str, Any], status: int, code: str
+) -> None:
+    """With its status and reason."""
     before = sum(proxy.served(e) for e in proxy.ports)
     answer = proxy.send(token=low() if caller else None, **how)
     assert (answer.status, answer.code) == (status, code), (name, answer)
@@ -93,16 +97,14 @@ def test_refused(proxy: System, name: str, caller: str | None, how: dict[str, An
     assert sum(proxy.served(e) for e in proxy.ports) == before
 
 
-def test_a_tier_too_low_names_expert_needed_tier_and_caller_tier(proxy: System) -> None:
-    """A 403 tells what was missing."""
+def test_a_403_names_the_expert_its_tier_and_the_callers(proxy: System) -> None:
     error = proxy.send(experts=["C"]).json["error"]
     assert error["requested"] == ["C"]
     assert (error["required_tier"], error["caller_tier"]) == ("high", "low")
     assert "C" in error["message"]
 
 
-def test_naming_nobody_means_the_default_list(proxy: System) -> None:
-    """No gate value: the gate's default experts."""
+def test_a_request_that_names_no_expert_gets_the_default_list(proxy: System) -> None:
     for how in ({"body": {"token_id": 1}}, {"path": "/x", "body": {"token_id": 1}}):
         answer = proxy.send(**how)  # type: ignore[arg-type]
         assert answer.status == 200
@@ -110,8 +112,8 @@ def test_naming_nobody_means_the_default_list(proxy: System) -> None:
 
 
 @pytest.mark.parametrize("alg", ALGORITHMS)
-def test_tokens_of_every_key_type(proxy: System, alg: str) -> None:
-    """RS256, ES256 and EdDSA callers get what their claims say."""
+def test_tokens_of_every_key_type_verify(proxy: System, alg: str) -> None:
+    """RS256, ES256 and EdDSA."""
     assert expert_of(proxy.send(experts=["C"], token=premium(alg))) == "C"
     assert proxy.send(experts=["C"], token=low(alg)).status == 403
 
@@ -154,15 +156,14 @@ def test_a_bad_token_is_401_and_never_anonymous(proxy: System, name: str) -> Non
         [("x-expert-access-token", "")],
     ],
 )
-def test_tokens_that_are_not_one_bearer_token(proxy: System, headers: list[tuple[str, str]]) -> None:
-    """Two tokens, or something else in their place: 401."""
+def test_anything_but_one_bearer_token_is_401(proxy: System, headers: list[tuple[str, str]]) -> None:
+    """Two tokens, or anything else in their place."""
     token = premium()
     answer = proxy.send(experts=["A"], headers=[(n, v.format(token)) for n, v in headers])
     assert (answer.status, answer.code) == (401, "invalid_token")
 
 
-def test_the_other_token_header(proxy: System) -> None:
-    """`x-expert-access-token` carries a token as well."""
+def test_x_expert_access_token_carries_a_token_as_well(proxy: System) -> None:
     assert expert_of(proxy.send(experts=["C"], headers=[("x-expert-access-token", premium())])) == "C"
 
 
@@ -179,8 +180,8 @@ SPOOFS = [
 
 @pytest.mark.parametrize("headers", SPOOFS)
 @pytest.mark.parametrize("path", ["/route", "/x", "/asked/x"])
-def test_nothing_the_client_sends_becomes_the_target(proxy: System, path: str, headers: list[tuple[str, str]]) -> None:
-    """A spoofed header never reaches C, and the expert never sees a tier that was not verified."""
+def test_no_header_of_the_client_becomes_the_target(proxy: System, path: str, headers: list[tuple[str, str]]) -> None:
+    """A request with a spoofed header never reaches C, and experts never see an unverified tier."""
     before = proxy.served("C")
     answer = proxy.send(path, headers=headers, body={"token_id": 1, "expert_names": ["A"]})
     assert answer.status in {200, 400, 403}
@@ -190,7 +191,7 @@ def test_nothing_the_client_sends_becomes_the_target(proxy: System, path: str, h
 
 
 def test_a_client_may_ask_by_cluster_where_the_gate_says_so(proxy: System) -> None:
-    """Its x-target-cluster is a request, judged like any other."""
+    """Its x-target-cluster is a request, decided like any other."""
     asked = [("x-target-cluster", "expert-c")]
     assert proxy.send("/asked/x", headers=asked, body={}).status == 403
     answer = proxy.send("/asked/x", headers=asked, body={}, token=premium())
@@ -198,19 +199,19 @@ def test_a_client_may_ask_by_cluster_where_the_gate_says_so(proxy: System) -> No
 
 
 def test_the_expert_learns_who_calls_and_never_the_token(proxy: System) -> None:
-    """Verified tier and subject go on; the sample experts record them."""
+    """Verified tier and subject are passed on; the sample experts record them."""
     subject = "caller-17"
     proxy.send(experts=["C"], token=premium(sub=subject))
     assert proxy.seen("C").get(f"high|{subject}") == 1
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(proxy: System) -> None:
-    """64 KiB is the most a gate reads."""
+    """The limit is 64 KiB."""
     assert proxy.send(body=b'{"expert_names": ["A"], "pad": "' + b"x" * 70_000 + b'"}').status == 413
 
 
 def test_the_access_log_has_the_decision_and_no_token(proxy: System) -> None:
-    """One JSON line a request; neither token nor subject nor query."""
+    """Nor the subject or the query."""
     token = premium(sub="secret-subject")
     answer = proxy.send("/route?access_token=secret-query", experts=["C"], token=token)
     wanted = answer.headers["x-srp-decision-id"]
@@ -222,7 +223,7 @@ def test_the_access_log_has_the_decision_and_no_token(proxy: System) -> None:
 
 
 def test_a_thousand_mixed_requests_reach_no_forbidden_expert(proxy: System) -> None:
-    """64 at a time, callers of both tiers: none fails, and no low caller reaches C or D."""
+    """64 at a time, from callers of both tiers: none fails, and no low caller reaches C or D."""
     before = {name: proxy.seen(name) for name in ("C", "D")}
     chosen = random.Random(7)
     callers = {"low": low(sub="mixed-low"), "premium": premium(sub="mixed-high"), "none": None}
@@ -259,8 +260,8 @@ def test_a_thousand_mixed_requests_reach_no_forbidden_expert(proxy: System) -> N
         assert new
 
 
-def test_kill_9_of_ext_authz_under_load_is_503_and_heals_alone() -> None:
-    """Without its decider the proxy answers 503 and reaches nobody; a restart needs no touch of Envoy."""
+def test_without_ext_authz_every_answer_is_503_until_it_is_back() -> None:
+    """Meanwhile no expert is reached; Envoy needs no restart."""
     files = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
     with system(demo_policy, {"A": 1, "B": 1, "C": 1, "D": 1}, files) as it:
         statuses: list[tuple[float, int]] = []

@@ -1,4 +1,4 @@
-"""`srp demo` as a user runs it: to `ready`, the printed curls, the smoke test, Ctrl-C."""
+"""`srp demo` as a user runs it: until `ready`, the printed curls, the smoke test, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.harness import ROOT
 
 @contextlib.contextmanager
 def demo(directory: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running demo and all that it printed up to `ready`."""
+    """A running demo and what it printed up to `ready`."""
     command = [sys.executable, "-m", "ext_authz", "demo", "--dir", str(directory), "--port", "0", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -48,7 +48,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
 
 
 def test_the_printed_curls_work_when_pasted(running: tuple[Path, str]) -> None:
-    """Each does what its comment says."""
+    """Each does what the comment above it says."""
     _, printed = running
     curls = re.findall(r"^# (.*)\n(curl .*)$", printed, re.MULTILINE)
     expected = [(200, "allow"), (200, "allow"), (403, "deny"), (200, "downgrade")]
@@ -59,8 +59,7 @@ def test_the_printed_curls_work_when_pasted(running: tuple[Path, str]) -> None:
         assert f"x-srp-decision: {verdict}" in out, (comment, out)
 
 
-def test_the_smoke_test_passes(running: tuple[Path, str]) -> None:
-    """The decision table by HTTP, as an operator would check it."""
+def test_scripts_smoke_passes(running: tuple[Path, str]) -> None:
     directory, printed = running
     found = re.search(r"http://127\.0\.0\.1:\d+(?=/route)", printed)
     assert found
@@ -71,14 +70,14 @@ def test_the_smoke_test_passes(running: tuple[Path, str]) -> None:
 
 
 def test_keys_and_tokens_are_private(running: tuple[Path, str]) -> None:
-    """Nobody but their owner can read what signs or is signed."""
+    """Only their owner can read them."""
     directory, _ = running
     for path in (directory / "key.pem", *(directory / "tokens").iterdir()):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_a_child_that_dies_stops_the_demo_and_its_log_is_shown(tmp_path: Path) -> None:
-    """One crash is reported, nothing is left behind."""
+def test_a_process_that_dies_stops_the_demo_and_its_log_is_shown(tmp_path: Path) -> None:
+    """No process is left behind."""
     with demo(tmp_path) as (process, _):
         children = subprocess.run(
             ["pgrep", "-P", str(process.pid), "-a"], capture_output=True, text=True, check=True
@@ -95,8 +94,8 @@ def test_a_child_that_dies_stops_the_demo_and_its_log_is_shown(tmp_path: Path) -
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_the_readme_shows_the_demo(running: tuple[Path, str]) -> None:
-    """The README's curls are those that the demo prints, but for port and folder."""
+def test_the_readme_shows_what_the_demo_prints(running: tuple[Path, str]) -> None:
+    """The README's curls are those that the demo prints, except for port and folder."""
     _, printed = running
     readme = (ROOT / "README.md").read_text()
     for line in re.findall(r"^curl .*$", printed, re.MULTILINE):

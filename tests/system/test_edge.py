@@ -40,11 +40,11 @@ SPOOFS: list[list[tuple[str, str]]] = [
 
 
 @pytest.mark.parametrize("spoof", SPOOFS)
-def test_a_target_that_the_client_names_is_never_one(running: Rig, spoof: list[tuple[str, str]]) -> None:
+def test_a_target_set_by_the_client_is_never_used(running: Rig, spoof: list[tuple[str, str]]) -> None:
     async def play() -> None:
         b = running.experts["B"][0]
         b.seen.clear()
-        assert (await running.send(headers=spoof)).code == "experts_unavailable"  # ext_authz sets none
+        assert (await running.send(headers=spoof)).code == "experts_unavailable"  # ext_authz sets no target
         assert (await running.send("expert-a", headers=spoof)).text == "A"
         assert not b.seen
         assert "x-target-cluster" not in {k for k, _ in running.authz.checks[-1]}
@@ -52,7 +52,7 @@ def test_a_target_that_the_client_names_is_never_one(running: Rig, spoof: list[t
     running.run(play())
 
 
-def test_a_target_that_the_client_names_is_kept_as_a_wish(running: Rig) -> None:
+def test_a_target_set_by_the_client_is_passed_to_ext_authz_as_a_request(running: Rig) -> None:
     async def play() -> None:
         for headers, wish in (
             ([("x-target-cluster", "expert-b")], ["expert-b"]),
@@ -66,7 +66,7 @@ def test_a_target_that_the_client_names_is_kept_as_a_wish(running: Rig) -> None:
     running.run(play())
 
 
-def test_what_only_we_may_say_is_taken_from_the_client_before_anyone_reads_it(running: Rig) -> None:
+def test_headers_that_only_srp_may_set_are_removed_before_anyone_reads_them(running: Rig) -> None:
     async def play() -> None:
         ours = [
             "subject",
@@ -117,19 +117,19 @@ REMOVALS = ["authorization", "x-expert-access-token", "x-requested-cluster", "x-
 
 
 @pytest.mark.parametrize("header", CHANGES)
-def test_ext_authz_may_set(running: Rig, header: str) -> None:
+def test_ext_authz_may_set_these_headers(running: Rig, header: str) -> None:
     value = {"x-target-cluster": "expert-a", "x-envoy-retry-on": "5xx"}.get(header, "900")
     answer = running.run(running.send(set={"x-target-cluster": "expert-a", header: value}))
     assert answer.status == 200
 
 
 @pytest.mark.parametrize("header", ["x-evil", "authorization-x", "host", ":path", "x-srp-downgrades", "x-envoy-other"])
-def test_anything_else_that_it_sets_is_an_error_and_not_dropped(running: Rig, header: str) -> None:
+def test_any_other_header_that_ext_authz_sets_is_an_error(running: Rig, header: str) -> None:
     answer = running.run(running.send("expert-a", set={header: "1"}))
     assert (answer.status, answer.code) == (503, "authz_unavailable")
 
 
-def test_ext_authz_may_remove(running: Rig) -> None:
+def test_ext_authz_may_remove_these_headers_and_no_others(running: Rig) -> None:
     async def play() -> None:
         answer = await running.send("expert-a", headers=[(h, "never") for h in REMOVALS], remove=REMOVALS)
         assert answer.status == 200
@@ -150,7 +150,7 @@ DENIALS = [
 
 
 @pytest.mark.parametrize(("status", "headers"), DENIALS)
-def test_what_ext_authz_answers_passes_unchanged(running: Rig, status: int, headers: dict[str, str]) -> None:
+def test_a_denial_of_ext_authz_passes_unchanged(running: Rig, status: int, headers: dict[str, str]) -> None:
     headers = headers | {"content-type": "application/json", "cache-control": "no-store"}
     body = '{"error": {"code": "its_own"}}\n'
     answer = running.run(running.send(deny={"status": status, "body": body, "headers": headers}))
@@ -172,7 +172,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("data", "status", "code"), REFUSED)
-def test_what_envoy_refuses_is_told_in_json_before_anyone_is_asked(
+def test_envoys_own_refusals_are_json_and_come_before_any_check(
     running: Rig, data: bytes, status: int, code: str
 ) -> None:
     asked = len(running.authz.checks)
@@ -182,7 +182,7 @@ def test_what_envoy_refuses_is_told_in_json_before_anyone_is_asked(
     assert len(running.authz.checks) == asked
 
 
-def test_an_ext_authz_that_is_slow_or_gone_lets_nobody_pass(running: Rig) -> None:
+def test_a_slow_or_missing_ext_authz_lets_no_request_pass(running: Rig) -> None:
     async def play() -> None:
         running.authz.delay = 2.0
         slow = await running.send("expert-a")
@@ -198,7 +198,7 @@ def test_an_ext_authz_that_is_slow_or_gone_lets_nobody_pass(running: Rig) -> Non
     running.run(play())
 
 
-def test_the_access_log_tells_what_happened_and_no_secret() -> None:
+def test_the_access_log_says_what_happened_and_shows_no_secret() -> None:
     with rig({"A": 1, "B": 1}) as it:
 
         async def play() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What happens to a request when experts are dead, full or failing: another *permitted* expert takes it, or nobody."""
+"""A request whose experts are down, full or failing: another *permitted* expert takes it, or none."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 
 from ext_authz.core.policy import Endpoint, Health
+from ext_authz.demo.ports import HOST
 from ext_authz.wire import clusters
-from tests.harness.rig import FAST, HOST, Rig, policy, rig, until
+from tests.harness.rig import FAST, Rig, policy, rig
+from tests.harness.waiting import until
 
 ABC = "expert-a,expert-b,expert-c"
 RETRIES = {"x-envoy-max-retries": "7"}
@@ -26,13 +28,13 @@ def running() -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def unchecked() -> Iterator[Rig]:
-    """Nobody looks after these experts' health: only a failing connection tells that one is dead."""
+    """Without health checks: only a failing connection shows that an expert is down."""
     with rig({"A": 2, "B": 1, "C": 1}, health=None, outlier=None) as it:
         yield it
 
 
 async def outcomes(it: Rig, target: str, times: int = 20, **more: object) -> Counter[str]:
-    """Who answered, or the error's code."""
+    """The experts that answered, or the error's codes."""
     answers = [await it.send(target, set=RETRIES, **more) for _ in range(times)]  # type: ignore[arg-type]
     return Counter(a.headers["x-srp-expert"] if a.status == 200 else a.code for a in answers)
 
@@ -53,12 +55,12 @@ async def revive(it: Rig, *names: str) -> None:
 
 
 DEAD = [
-    # known to be dead, target, who may answer
+    # known to be down, target, expected outcomes
     ("A", "expert-a,expert-b", {"B"}),
     ("A", ABC, {"B", "C"}),
     ("AB", ABC, {"C"}),
     ("AC", ABC, {"B"}),
-    ("AB", "expert-a,expert-b", {"experts_unavailable"}),  # C and D live, but nobody permitted them
+    ("AB", "expert-a,expert-b", {"experts_unavailable"}),  # C and D are up but not permitted
     ("A", "expert-a", {"experts_unavailable"}),
     ("BCD", "expert-b,expert-c,expert-d,expert-a", {"A"}),
     ("ABCD", ABC, {"experts_unavailable"}),
@@ -66,7 +68,7 @@ DEAD = [
 
 
 @pytest.mark.parametrize(("dead", "target", "served"), DEAD)
-def test_the_dead_are_stepped_over(running: Rig, dead: str, target: str, served: set[str]) -> None:
+def test_experts_known_to_be_down_are_skipped(running: Rig, dead: str, target: str, served: set[str]) -> None:
     async def play() -> None:
         await stop(running, *dead, known=True)
         try:
@@ -77,7 +79,7 @@ def test_the_dead_are_stepped_over(running: Rig, dead: str, target: str, served:
     running.run(play())
 
 
-def test_the_living_share_the_load_of_the_dead_by_least_request(running: Rig) -> None:
+def test_the_load_of_an_expert_that_is_down_goes_to_the_idlest_other(running: Rig) -> None:
     async def play() -> None:
         await stop(running, "A", known=True)
         tasks = [asyncio.create_task(running.send("expert-b", headers=[HOLD])) for _ in range(3)]
@@ -96,7 +98,7 @@ def test_the_living_share_the_load_of_the_dead_by_least_request(running: Rig) ->
     running.run(play())
 
 
-def test_all_dead_is_answered_at_once_and_says_when_to_come_back(running: Rig) -> None:
+def test_if_all_are_down_the_answer_comes_at_once_and_says_when_to_retry(running: Rig) -> None:
     async def play() -> None:
         await stop(running, "A", "B", known=True)
         answers = [await running.send("expert-a,expert-b") for _ in range(5)]
@@ -113,7 +115,7 @@ def test_all_dead_is_answered_at_once_and_says_when_to_come_back(running: Rig) -
 
 
 SUDDEN = [
-    # dies now, target, who may answer; the first one before the spare has learnt anything
+    # goes down now, target, expected outcomes; in the first row, before the spare has noticed anything
     ("AB", ABC, {"C"}),
     ("A", "expert-a,expert-b", {"B"}),
     ("B", ABC, {"A", "C"}),
@@ -122,8 +124,10 @@ SUDDEN = [
 
 
 @pytest.mark.parametrize(("dead", "target", "served"), SUDDEN)
-def test_a_refused_connection_goes_on_to_the_next(unchecked: Rig, dead: str, target: str, served: set[str]) -> None:
-    body = b"x" * 65_000  # it is sent again, whole
+def test_after_a_refused_connection_the_next_expert_is_tried(
+    unchecked: Rig, dead: str, target: str, served: set[str]
+) -> None:
+    body = b"x" * 65_000  # sent again, complete
 
     async def play() -> None:
         await stop(unchecked, *dead)
@@ -136,7 +140,7 @@ def test_a_refused_connection_goes_on_to_the_next(unchecked: Rig, dead: str, tar
     unchecked.run(play())
 
 
-def test_a_dead_replica_does_not_matter(unchecked: Rig) -> None:
+def test_a_replica_that_is_down_costs_no_request(unchecked: Rig) -> None:
     async def play() -> None:
         await unchecked.experts["A"][0].stop()
         assert set(await outcomes(unchecked, "expert-a", 10)) == {"A"}
@@ -146,7 +150,7 @@ def test_a_dead_replica_does_not_matter(unchecked: Rig) -> None:
 
 
 ANSWERS = [
-    # the expert answers, set by ext_authz, status at the client, attempts
+    # the expert's status, headers set by ext_authz, the client's status, attempts
     (503, {}, 503, 1),
     (500, {}, 500, 1),
     (503, {"x-envoy-retry-on": "5xx", "x-envoy-max-retries": "1"}, 200, 2),
@@ -156,14 +160,14 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("status", "given", "seen", "attempts"), ANSWERS)
-def test_what_an_expert_has_answered_is_tried_again_only_if_the_policy_says_so(
+def test_an_experts_error_is_retried_only_if_the_policy_says_so(
     running: Rig, status: int, given: dict[str, str], seen: int, attempts: int
 ) -> None:
     async def play() -> None:
         a, b = running.experts["A"][0], running.experts["B"][0]
         a.status = status
         a.seen.clear()
-        # B is busy, so A is the idler.
+        # B is busy, so A is idler.
         task = asyncio.create_task(running.send("expert-b", headers=[HOLD]))
         await until(lambda: b.held == 1, "B to be busy", running)
         answer = await running.send("expert-a,expert-b", set=given)
@@ -190,7 +194,7 @@ def test_a_client_cannot_ask_for_retries_or_time(running: Rig) -> None:
     running.run(play())
 
 
-def test_the_timeout_that_ext_authz_sets_holds(running: Rig) -> None:
+def test_the_timeout_that_ext_authz_sets_applies(running: Rig) -> None:
     async def play() -> None:
         answer = await running.send("expert-a", headers=[HOLD], set={"x-envoy-upstream-rq-timeout-ms": "100"})
         assert (answer.status, answer.code) == (504, "timeout")
@@ -200,7 +204,7 @@ def test_the_timeout_that_ext_authz_sets_holds(running: Rig) -> None:
     running.run(play())
 
 
-def test_an_expert_cannot_speak_for_us(running: Rig) -> None:
+def test_an_expert_cannot_set_our_headers(running: Rig) -> None:
     async def play() -> None:
         a = running.experts["A"][0]
         a.headers = {
@@ -219,8 +223,8 @@ def test_an_expert_cannot_speak_for_us(running: Rig) -> None:
     running.run(play())
 
 
-def test_a_full_expert_is_avoided_and_when_all_are_full_the_answer_comes_at_once() -> None:
-    """Envoy never tries again what a full cluster has refused, so the route script must know the limit (`m`)."""
+def test_a_full_expert_is_avoided_and_if_all_are_full_the_answer_comes_at_once() -> None:
+    """Envoy never retries what a full cluster has refused, so the route script must know the limit (`m`)."""
     with rig({"A": 1, "B": 1}, max_requests=2) as it:
 
         async def play() -> None:
@@ -240,7 +244,7 @@ def test_a_full_expert_is_avoided_and_when_all_are_full_the_answer_comes_at_once
         it.run(play())
 
 
-def test_policies_with_many_experts_have_no_pairs_and_still_fail_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_too_many_experts_for_pairs_requests_still_fail_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "MAX_PAIRED", 2)
     with rig({"A": 1, "B": 1, "C": 1}) as it:
 
@@ -255,8 +259,8 @@ def test_policies_with_many_experts_have_no_pairs_and_still_fail_over(monkeypatc
         it.run(play())
 
 
-def test_experts_behind_names_and_without_a_health_check_serve_too(running: Rig) -> None:
-    """`localhost` stands for a Service's name. Its experts replace the others', then those come back."""
+def test_experts_behind_dns_names_and_without_health_checks_serve(running: Rig) -> None:
+    """`localhost` stands for the name of a Service. Its endpoints replace the others, then those come back."""
 
     async def play(hosts: Sequence[str]) -> None:
         mixed = policy({n: [Endpoint(h, running.experts[n][0].port)] for n, h in zip("ABCD", hosts, strict=True)}, FAST)

@@ -1,7 +1,7 @@
-"""Experts that die, hang, fail or are cut off under load: who is called then is read at the experts themselves.
+"""Experts that die, hang, fail or are cut off under load: the experts themselves report who was called.
 
-Half of the load asks for C as well, which its callers may not have: an idle C, while A and B are in trouble, is the
-temptation. A request may fail only if it was with the expert when that was struck down.
+Half of the load also asks for C, which its callers are not permitted: C is idle while A and B are in trouble. A request
+may fail only if it was with an expert when that expert went down.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from typing import Any
 
 import pytest
 
+from ext_authz.demo.ports import HOST, free_ports
 from tests.harness import tokens
 from tests.harness.loop import Loop
 from tests.harness.policies import HEAD
 from tests.harness.process import Process
-from tests.harness.system import HOST, System, free_ports, get_json, system
+from tests.harness.system import System, get_json, system
 from tests.harness.upstream import close
 from tests.harness.waiting import wait_for
 
 INTERVAL = 1.0  # seconds between two health checks
-GRACE = 0.1  # seconds until Envoy has read of a connection that it is closed
+GRACE = 0.1  # seconds until Envoy has noticed that a connection is closed
 CLIENTS = 6
-LATE = 2  # requests that ext_authz may be too late for, on a machine that does much else
+LATE = 2  # requests that ext_authz may answer too late on a busy machine
 
 RULES = """\
 experts:
@@ -39,7 +40,7 @@ experts:
   C: {{tier: high, endpoints: [{C}], health: {{interval: 1s}}}}
   Failing: {{tier: low, endpoints: [{Failing}], health: {{interval: 1s}}}}
   Again: {{tier: low, endpoints: [{Again}], health: {{interval: 1s}}, retry_on: 5xx}}
-  Else: {{tier: low, endpoints: [{Else}], health: {{interval: 1s}}, retry_on: 5xx}}
+  Other: {{tier: low, endpoints: [{Other}], health: {{interval: 1s}}, retry_on: 5xx}}
   Only: {{tier: high, endpoints: [{Only}], health: {{interval: 1s}}, downgrade_to: [B, A], unavailable: downgrade}}
   Far: {{tier: low, endpoints: ["127.0.0.1:{relay}"], health: {{interval: 1s}}}}
 gate:
@@ -47,7 +48,7 @@ gate:
   - {{prefix: /, header: x-expert-names}}
 """
 
-REPLICAS = {"A": 2, "B": 2, "C": 1, "Failing": 1, "Again": 1, "Else": 1, "Only": 1, "Far": 1}
+REPLICAS = {"A": 2, "B": 2, "C": 1, "Failing": 1, "Again": 1, "Other": 1, "Only": 1, "Far": 1}
 FLAGS = {
     "A": ("--delay", "0.005:0.02"),
     "B": ("--delay", "0.005:0.02"),
@@ -58,7 +59,7 @@ FLAGS = {
 
 
 class Relay:
-    """The network to one expert: passes everything on, until it is cut."""
+    """The network to one expert. It passes everything on until it is cut."""
 
     def __init__(self, port: int, to: int) -> None:
         self._port, self._to = port, to
@@ -74,7 +75,7 @@ class Relay:
         self._loop.run(start())
 
     def cut(self) -> None:
-        """Close every connection as it is, and take no other."""
+        """Abort every connection, and accept no more."""
 
         async def cut() -> None:
             assert self._server is not None
@@ -113,7 +114,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @dataclass(frozen=True)
 class Sent:
-    """One request of the load. `status` 0: cut in the middle of the answer. `code` is the error's."""
+    """One request of the load. `status` 0: its answer was cut off. `code` is the error's code."""
 
     began: float
     ended: float
@@ -124,7 +125,7 @@ class Sent:
 
 @dataclass
 class Load:
-    """Clients that ask without a pause, from `start` to `stop`."""
+    """Clients that send requests without end while the context is open."""
 
     it: System
     asked: Sequence[Sequence[str]]
@@ -158,7 +159,7 @@ class Load:
             thread.join()
 
     def failed(self) -> list[Sent]:
-        """What the experts' troubles cost. That ext_authz is late now and then, on a busy machine, is none of them."""
+        """Requests that failed because of experts, rather than because ext_authz was late on a busy machine."""
         late = [s for s in self.sent if s.code == "authz_unavailable"]
         assert len(late) <= LATE
         return [s for s in self.sent if s.status != 200 and s not in late]
@@ -178,7 +179,7 @@ class World:
         return [p for name in names for p in self.it.experts[name]]
 
     def healthy(self, name: str, n: int, seconds: float = 10) -> None:
-        """Until Envoy sees so many living replicas of an expert."""
+        """Until Envoy sees `n` healthy replicas of an expert."""
         wait_for(lambda: self._healthy(name) == n, f"{n} healthy replicas of {name}", self.it, seconds)
 
     def _healthy(self, name: str) -> int:
@@ -191,7 +192,7 @@ class World:
         return False
 
     def start(self, proc: Process) -> float:
-        """Start an expert again. When it first answered."""
+        """Start an expert again. Returns the time of its first answer."""
         proc.start()
         port = int(proc.command[proc.command.index("--port") + 1])
         wait_for(lambda: self.answers(port), "an expert to be back", self.it)
@@ -221,13 +222,13 @@ def world() -> Iterator[World]:
 TEMPTED = (["A", "B"], ["A", "B", "C"])
 
 
-def strangers(it: System) -> dict[str, int]:
-    """Requests at C of callers who may not have it."""
+def intruders(it: System) -> dict[str, int]:
+    """Requests that reached C from callers who are not permitted it."""
     return {who: n for who, n in it.seen("C").items() if not who.startswith("high|")}
 
 
 KILLS = [
-    # what is killed: a name is all replicas of the expert, a number one of them
+    # name, the replicas that are killed
     ("one replica", [("A", 0)]),
     ("a whole expert", [("A", 0), ("A", 1)]),
     ("all but one replica", [("A", 0), ("A", 1), ("B", 0)]),
@@ -235,7 +236,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("what", "killed"), KILLS, ids=[k[0] for k in KILLS])
-def test_only_what_was_with_the_killed_fails(world: World, what: str, killed: list[tuple[str, int]]) -> None:
+def test_only_requests_at_the_killed_replicas_fail(world: World, what: str, killed: list[tuple[str, int]]) -> None:
     it = world.it
     procs = [it.experts[name][n] for name, n in killed]
     with Load(it, TEMPTED) as load:
@@ -255,10 +256,10 @@ def test_only_what_was_with_the_killed_fails(world: World, what: str, killed: li
     assert len(failed) <= CLIENTS * len(killed)  # each client has one request in flight
     assert "B" in load.served_since(after)
     assert recovered <= 2 * INTERVAL
-    assert not strangers(it)
+    assert not intruders(it)
 
 
-def test_a_replica_that_hangs_holds_what_it_has_and_gets_no_more(world: World) -> None:
+def test_a_hung_replica_keeps_its_requests_and_gets_no_more(world: World) -> None:
     it = world.it
     hung = it.experts["A"][0]
     with Load(it, TEMPTED) as load:
@@ -276,33 +277,33 @@ def test_a_replica_that_hangs_holds_what_it_has_and_gets_no_more(world: World) -
     assert not load.failed()
     assert during > 20
     held = [s for s in load.sent if s.began < noticed and s.ended > noticed + 0.4]
-    assert len(held) < CLIENTS  # it looked busy, so that the others got the rest
+    assert len(held) < CLIENTS  # it looked busy, so the others got the rest
     assert noticed - stopped < 4 * INTERVAL
     assert recovered <= 2 * INTERVAL
-    assert not strangers(it)
+    assert not intruders(it)
 
 
-def test_an_expert_that_answers_503_is_passed_over_where_the_policy_lets_us_ask_again(world: World) -> None:
+def test_an_answer_of_503_is_retried_at_another_expert_where_the_policy_permits_it(world: World) -> None:
     it = world.it
-    with Load(it, [["Again", "Else"], ["Again", "Else", "C"]]) as load:
+    with Load(it, [["Again", "Other"], ["Again", "Other", "C"]]) as load:
         time.sleep(1.0)
     assert not load.failed()
-    assert load.served_since(0) == {"Else"}
-    assert not strangers(it)
+    assert load.served_since(0) == {"Other"}
+    assert not intruders(it)
 
 
-def test_an_expert_that_answers_503_is_soon_left_alone_where_we_may_not_ask_again(world: World) -> None:
+def test_an_expert_that_answers_503_is_soon_avoided_where_the_policy_permits_no_retry(world: World) -> None:
     it = world.it
     with Load(it, [["Failing", "A"], ["Failing", "A", "C"]]) as load:
         time.sleep(1.5)
     failed = load.failed()
     assert {s.status for s in failed} <= {503}
-    # Five answers in a row take it out, with what is in flight on top, until it passes a health check.
+    # Five such answers in a row, and those in flight by then, eject it until it passes a health check.
     assert 1 <= len(failed) <= (5 + CLIENTS) * 3
-    assert not strangers(it)
+    assert not intruders(it)
 
 
-def test_answers_that_are_cut_in_the_middle_are_not_asked_for_twice(world: World) -> None:
+def test_a_request_whose_answer_was_cut_off_is_not_repeated(world: World) -> None:
     it = world.it
     before = it.served("Far"), it.served("B")
     outcomes: list[str] = []
@@ -318,7 +319,7 @@ def test_answers_that_are_cut_in_the_middle_are_not_asked_for_twice(world: World
     threads = [threading.Thread(target=stream) for _ in range(4)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: it.served("Far") == before[0] + 4, "four answers on their way", it)
+    wait_for(lambda: it.served("Far") == before[0] + 4, "four answers to be under way", it)
     time.sleep(0.25)
     world.relay.cut()
     began = time.monotonic()
@@ -336,49 +337,51 @@ def test_answers_that_are_cut_in_the_middle_are_not_asked_for_twice(world: World
     assert load.served_since(began) == {"B"}
     assert it.served("B") == before[1] + len(load.sent)  # none of them twice
     assert recovered <= 2 * INTERVAL + 1  # the answer itself takes 0.6 s
-    assert not strangers(it)
+    assert not intruders(it)
 
 
-def test_an_expert_that_is_down_is_stood_in_for_where_the_policy_says_so_and_the_caller_is_told(world: World) -> None:
+def test_where_the_policy_says_so_others_stand_in_for_an_expert_that_is_down_and_the_caller_sees_it(
+    world: World,
+) -> None:
     it = world.it
     premium = tokens.sign(tokens.claims(plan="premium"))
     (only,) = world.experts("Only")
 
-    def told(**more: Any) -> tuple[int, str, str, str]:
+    def outcome(**more: Any) -> tuple[int, str, str, str]:
         answer = it.send(token=premium, **more)
         decision, reason, expert = (answer.headers.get(f"x-srp-{h}", "") for h in ("decision", "reason", "expert"))
         return answer.status, decision, reason, expert
 
     itself = (200, "allow", "permitted", "Only")
-    assert {told(experts=["Only"]) for _ in range(10)} == {itself}
+    assert {outcome(experts=["Only"]) for _ in range(10)} == {itself}
     only.kill()
     stand_ins = {(200, "downgrade", "unavailable", name) for name in "AB"}
-    assert {told(experts=["Only"]) for _ in range(5)} <= stand_ins  # Envoy finds the connection refused
+    assert {outcome(experts=["Only"]) for _ in range(5)} <= stand_ins  # Envoy finds the connection refused
     world.healthy("Only", 0)
-    assert {told(experts=["Only"]) for _ in range(20)} == stand_ins
-    assert told(experts=["Only"], headers=[("x-srp-downgrade", "never")])[0] == 503
-    assert told(experts=["Only", "C"]) == (200, "allow", "permitted", "C")
+    assert {outcome(experts=["Only"]) for _ in range(20)} == stand_ins
+    assert outcome(experts=["Only"], headers=[("x-srp-downgrade", "never")])[0] == 503
+    assert outcome(experts=["Only", "C"]) == (200, "allow", "permitted", "C")
     world.start(only)
     world.healthy("Only", 1)
-    assert {told(experts=["Only"]) for _ in range(10)} == {itself}
-    assert not strangers(it)
+    assert {outcome(experts=["Only"]) for _ in range(10)} == {itself}
+    assert not intruders(it)
 
 
 ASKS = (["A"], ["A", "B"], ["A", "B", "C"], ["C"], ["C", "B"])
 
 
-def test_whatever_is_killed_nobody_gets_an_expert_that_is_not_permitted(world: World) -> None:
-    """Random kills of whole experts. Without rights to C and with A and B dead the answer is 503, never C."""
+def test_whatever_is_killed_no_caller_gets_an_expert_that_is_not_permitted(world: World) -> None:
+    """Whole experts are killed at random. For a caller without C, with A and B dead, it is 503, never C."""
     it = world.it
     premium = tokens.sign(tokens.claims(plan="premium"))
     chosen = random.Random(4)
     patterns = [frozenset("AB"), *(frozenset(n for n in "ABC" if chosen.random() < 0.5) for _ in range(2)), frozenset()]
     dead: frozenset[str] = frozenset()
     for pattern in patterns:
-        assert "C" in dead or not strangers(it)
+        assert "C" in dead or not intruders(it)
         for proc in world.experts(*sorted(pattern - dead)):
             proc.kill()
-        for asked, permitted, _, expert in _ask(it, premium):  # Envoy does not know yet
+        for asked, permitted, _, expert in _ask(it, premium):  # Envoy has not noticed yet
             assert expert in {*permitted, ""}, (pattern, asked)
         for proc in world.experts(*sorted(dead - pattern)):
             world.start(proc)
@@ -396,11 +399,11 @@ def test_whatever_is_killed_nobody_gets_an_expert_that_is_not_permitted(world: W
             else:
                 assert status == 200, (dead, asked)
                 assert expert in living, (dead, asked)
-    assert not strangers(it)
+    assert not intruders(it)
 
 
 def _ask(it: System, premium: str) -> list[tuple[Sequence[str], frozenset[str], int, str]]:
-    """For callers of either tier and all of `ASKS`: asked, permitted, status, who answered."""
+    """For callers of both tiers and all of `ASKS`: asked, permitted, status, the expert that answered."""
     found = []
     for token, rights in ((None, "AB"), (premium, "ABC")):
         for asked in ASKS:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.request
 
+from ext_authz.demo.ports import HOST
 from ext_authz.observe import status_text
 from ext_authz.observe.lease_counts import LeaseCounts, fetch
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import HOST, system, wait_for
+from tests.harness.system import system
+from tests.harness.waiting import wait_for
 
 
 def test_every_page_shows_the_lease_counters_and_says_when_envoy_is_gone() -> None:

@@ -1,4 +1,4 @@
-"""Leases: every rule of docs/leases.md, in a real Envoy; what Envoy repeats is what ext_authz would have said."""
+"""Leases: every rule of docs/leases.md, in a real Envoy; what Envoy repeats is what ext_authz would have decided."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import ext_authz.serve.control
+from ext_authz.demo.ports import HOST, free_ports
 from ext_authz.serve.epoch import Epoch
 from ext_authz.wire import check as wire
 from ext_authz.wire.ads import Resources
@@ -29,7 +30,7 @@ from tests.harness.answer import Answer
 from tests.harness.checks import check_request, response_of
 from tests.harness.leased import Leased, leased, without_leases
 from tests.harness.proxy import Proxy
-from tests.harness.system import HOST, free_ports, system
+from tests.harness.system import system
 from tests.harness.waiting import wait_for
 
 PREMIUM = tokens.sign(tokens.claims(plan="premium"))
@@ -41,7 +42,7 @@ OWN = {"x-srp-decision-id", "x-request-id", "date", "content-length"}  # differ 
 
 @pytest.fixture(scope="module")
 def it() -> Iterator[Leased]:
-    """ext_authz, one Envoy with leases and, second, one without."""
+    """ext_authz, a first Envoy with leases and a second one without."""
     with leased() as made:
         made.add_proxy()
         made.add_proxy(without_leases)
@@ -76,13 +77,13 @@ LEASED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "request_"), LEASED, ids=[n for n, _ in LEASED])
 def test_a_repeated_answer_is_the_first_one(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
-    """Same headers to the client, same headers to the expert, and the id of the decision that granted it."""
+    """The same headers for the client and the expert, and the id of the decision that granted the lease."""
     first, second = proxy.send(**request_), proxy.send(**request_)
     assert first.status == second.status == 200
     assert second.id == first.id != ""
     ours = {k: v for k, v in first.headers.items() if k.startswith("x-srp-")}
     assert {k: v for k, v in second.headers.items() if k.startswith("x-srp-")} == ours
-    assert shown(second) == shown(first)
+    assert expert_view(second) == expert_view(first)
     counters = proxy.counters()
     assert (counters["misses"], counters["stores"], counters["hits"], counters["errors"]) == (1, 1, 1, 0)
 
@@ -108,8 +109,8 @@ NOT_LEASED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "request_"), NOT_LEASED, ids=[n for n, _ in NOT_LEASED])
-def test_what_is_never_leased(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
-    """Each such request is decided anew, and nothing is stored."""
+def test_some_requests_are_never_leased(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
+    """Each is decided anew, and nothing is stored."""
     assert not proxy.leased(**request_)
     assert proxy.counters()["stores"] == 0
 
@@ -131,7 +132,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "first", "other"), DIFFERENT, ids=[n for n, _, _ in DIFFERENT])
 def test_a_lease_is_for_its_own_key(proxy: Proxy, name: str, first: dict[str, Any], other: dict[str, Any]) -> None:
-    """What differs in anything that a decision reads does not find the lease."""
+    """A request that differs in anything that a decision reads does not match the lease."""
     assert proxy.leased(**first)
     assert proxy.send(**other).id != proxy.send(**first).id
 
@@ -147,8 +148,8 @@ SAME: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "request_"), SAME, ids=[n for n, _ in SAME])
-def test_a_lease_covers_what_no_decision_reads(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
-    """And a client's own values of our headers reach the expert no more than without a lease."""
+def test_what_no_decision_reads_does_not_matter_to_a_lease(proxy: Proxy, name: str, request_: dict[str, Any]) -> None:
+    """And a client's own values of our headers do not reach the expert, as without a lease."""
     first = proxy.send(experts="A")
     other = proxy.send(**request_)
     assert other.id == first.id
@@ -159,7 +160,7 @@ def test_a_lease_covers_what_no_decision_reads(proxy: Proxy, name: str, request_
 
 
 def test_a_token_reaches_no_expert(proxy: Proxy) -> None:
-    """Leased or not; nor do the headers that only the decision reads."""
+    """With or without a lease; nor do the headers that only the decision reads."""
     for _ in range(2):
         answer = proxy.send(
             token=PREMIUM, experts="C", headers=[("x-srp-downgrade", "never"), ("x-target-cluster", "a")]
@@ -169,8 +170,8 @@ def test_a_token_reaches_no_expert(proxy: Proxy) -> None:
         assert not {"authorization", "x-srp-downgrade", "x-requested-cluster"} & set(answer.upstream)
 
 
-def test_an_expert_cannot_speak_for_us(it: Leased, proxy: Proxy) -> None:
-    """Its own x-srp headers are removed on a leased answer, too."""
+def test_an_expert_cannot_set_our_headers_on_a_leased_answer(it: Leased, proxy: Proxy) -> None:
+    """Its own x-srp headers are removed."""
     it.upstream.headers = {"x-srp-decision": "deny", "x-srp-unknown": "mine"}
     try:
         assert proxy.leased(experts="A")
@@ -181,7 +182,7 @@ def test_an_expert_cannot_speak_for_us(it: Leased, proxy: Proxy) -> None:
 
 
 def test_a_body_beyond_the_limit_finds_no_lease(proxy: Proxy) -> None:
-    """413 with a warm lease as without, whether the body tells its length or not."""
+    """It gets 413 with a lease as without, whether the body has a length or not."""
     warm = proxy.send(experts="A", method="POST", body=b"{}").id
     for chunked in (False, True):
         assert proxy.send(experts="A", method="POST", body=b"x" * 60_000, chunked=chunked).id == warm
@@ -208,7 +209,7 @@ IN_PIECES: list[tuple[str, list[bytes]]] = [
 
 @pytest.mark.parametrize(("name", "pieces"), IN_PIECES, ids=[n for n, _ in IN_PIECES])
 def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, pieces: list[bytes]) -> None:
-    """It is leased if it is there at once. If not, ext_authz decides when it is, and no expert waits for it."""
+    """Only a request that arrives at once does. Otherwise ext_authz decides when it is complete."""
     warm, served = proxy.send(experts="A").id, it.upstream.seen
 
     def decided(pause: float) -> str:
@@ -226,8 +227,8 @@ def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, piec
     assert proxy.counters()["errors"] == 0
 
 
-def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
-    """HTTP/2 frames of another length than `content-length` reach no expert, lease or not."""
+def test_a_body_of_another_length_than_announced_reaches_no_expert(it: Leased, proxy: Proxy) -> None:
+    """HTTP/2 frames of another length, with or without a lease."""
     assert proxy.leased(experts="A")
     served = len(it.upstream.seen)
     for length in ("3", "8"):
@@ -237,8 +238,10 @@ def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("headers", [[("x-many", "1")] * 88, [(f"x-{n}", "a" * 7000) for n in range(8)]])
-def test_headers_without_room_for_the_decision(it: Leased, proxy: Proxy, headers: list[tuple[str, str]]) -> None:
-    """Envoy refuses what would be over its limits with the decision's own headers: with a warm lease, too."""
+def test_headers_that_leave_no_room_for_the_decision_get_the_same_status_as_without_leases(
+    it: Leased, proxy: Proxy, headers: list[tuple[str, str]]
+) -> None:
+    """They would exceed Envoy's limits together with the decision's own headers."""
     assert proxy.leased(experts="A")
     found, expected = (p.send(experts="A", headers=headers) for p in it.proxies)
     assert found.status == expected.status
@@ -246,7 +249,7 @@ def test_headers_without_room_for_the_decision(it: Leased, proxy: Proxy, headers
 
 
 def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 for a header that ext_authz may not set, each time anew."""
+    """503 each time, for a header that ext_authz may not set."""
     traffic = wire._traffic
     monkeypatch.setattr(wire, "_traffic", lambda experts: {**traffic(experts), "x-forbidden": "1"})
     it.swap(it.text + "# a header more\n")
@@ -255,8 +258,8 @@ def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, m
     assert proxy.counters()["stores"] == 0
 
 
-def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
-    """503 of a dead expert: the same with a lease as without."""
+def test_an_unavailable_expert_gets_the_same_answer_with_a_lease(it: Leased, proxy: Proxy) -> None:
+    """503 for an expert that is down."""
     (dead,) = free_ports(1)
     it.swap(
         it.text.replace(
@@ -267,7 +270,7 @@ def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
     first, second = proxy.send(experts="B"), proxy.send(experts="B")
     assert first.status == 503
     assert first.id == second.id != ""
-    assert (told(first), first.headers["retry-after"]) == (told(second), second.headers["retry-after"])
+    assert (client_view(first), first.headers["retry-after"]) == (client_view(second), second.headers["retry-after"])
 
 
 # ---- what ends a lease ----
@@ -283,8 +286,8 @@ def test_a_lease_ends_with_its_time(proxy: Proxy) -> None:
     assert proxy.send(experts="T").id != first.id
 
 
-def test_a_token_is_refused_at_its_expiry_under_load(it: Leased, proxy: Proxy) -> None:
-    """exp in 2 s and 1 s of leeway: served until then, by a lease; of what is sent later nothing is."""
+def test_a_token_is_refused_from_its_expiry_on_under_load(it: Leased, proxy: Proxy) -> None:
+    """With exp in 2 s and 1 s of leeway: until then it is served, by a lease; later requests are refused."""
     ends = int(time.time()) + 3
     token = tokens.sign(tokens.claims(plan="premium", exp=ends - 1))
     answers = under_load(proxy, token, ends + 0.3)
@@ -296,8 +299,8 @@ def test_a_token_is_refused_at_its_expiry_under_load(it: Leased, proxy: Proxy) -
     assert len({a.id for a in early}) < len(early) / 2
 
 
-def test_a_revoked_token_is_refused_100_ms_after_the_ack_under_load(it: Leased, proxy: Proxy) -> None:
-    """By its jti; another token of the same caller goes on."""
+def test_a_revoked_token_is_refused_from_the_ack_on_under_load(it: Leased, proxy: Proxy) -> None:
+    """By its jti; another token of the same caller still works."""
     stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
     fine = tokens.sign(tokens.claims(plan="premium", jti="fine"))
     assert proxy.leased(token=fine, experts="C")
@@ -321,7 +324,7 @@ def test_a_revoked_token_is_refused_100_ms_after_the_ack_under_load(it: Leased, 
 
 
 def test_a_rotated_key_ends_the_leases_of_its_tokens(it: Leased, proxy: Proxy) -> None:
-    """All leases, in fact: the next epoch starts empty."""
+    """It ends all leases: the next epoch starts empty."""
     old, new = PREMIUM, tokens.sign(tokens.claims(plan="premium"), name="new")
     assert proxy.leased(token=old, experts="C")
     warm = proxy.send(experts="A").id
@@ -336,7 +339,7 @@ def test_a_rotated_key_ends_the_leases_of_its_tokens(it: Leased, proxy: Proxy) -
 
 
 def test_every_new_epoch_starts_empty(it: Leased, proxy: Proxy) -> None:
-    """Even one whose policy differs by a comment only."""
+    """Even if its policy differs only by a comment."""
     first = proxy.send(experts="A")
     assert proxy.send(experts="A").id == first.id
     it.swap(it.text + "# a comment\n")
@@ -345,7 +348,7 @@ def test_every_new_epoch_starts_empty(it: Leased, proxy: Proxy) -> None:
 
 
 def test_a_policy_without_leases_ends_them(it: Leased, proxy: Proxy) -> None:
-    """`lease: 0`: what was leased is not, and nothing is leased any more, unless an expert says otherwise."""
+    """`lease: 0` ends the leases of all experts without a lease of their own."""
     assert proxy.leased(experts="A")
     it.swap(it.text + "lease: 0\n")
     assert not proxy.leased(experts="A")
@@ -355,8 +358,8 @@ def test_a_policy_without_leases_ends_them(it: Leased, proxy: Proxy) -> None:
     assert not proxy.leased(experts="T")
 
 
-def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None:
-    """Its head came with the lease, its end after it: 401."""
+def test_a_request_that_is_completed_after_a_revocation_is_refused(it: Leased, proxy: Proxy) -> None:
+    """Its head came while there was a lease, its end after the revocation: 401."""
     stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
     assert proxy.leased(token=stolen, experts="C")
     pieces = raw.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
@@ -370,8 +373,8 @@ def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None
     assert (len(it.upstream.seen), proxy.counters()["disabled"]) == (served, hits)
 
 
-def test_a_check_under_way_when_its_key_goes(it: Leased, proxy: Proxy) -> None:
-    """It was decided by the old keys and is answered so, but nobody repeats it."""
+def test_a_check_that_runs_while_its_key_is_removed_is_not_leased(it: Leased, proxy: Proxy) -> None:
+    """The old keys decide it, but the answer is not repeated."""
     decided, it.held = it.decided, asyncio.Event()
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -388,48 +391,46 @@ def test_a_check_under_way_when_its_key_goes(it: Leased, proxy: Proxy) -> None:
 
 
 def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old policy stays with its epoch: what was leased is, and more is granted."""
+    """The old policy and its epoch stay: leases stay, and new ones are granted."""
     warm, epoch = proxy.send(experts="A").id, it.control.lease_epoch
     good = ext_authz.serve.control.cluster_resources
-    broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # of a discovery type that there is not
+    broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # with a discovery type that does not exist
     answers = iter([broken])
     monkeypatch.setattr(
         ext_authz.serve.control, "cluster_resources", lambda policy: next(answers, None) or good(policy)
     )
     it.policy.write_text(it.text + "# refused\n")
     assert not it.run(it.control.reload())
-    assert "refused" in (it.control.status.error or "")
+    assert "envoy rejected" in (it.control.status.error or "")
     it.wait_for_leases()
     assert it.control.lease_epoch == epoch
     assert proxy.send(experts="A").id == warm
     assert proxy.leased(experts="B")
 
 
-def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grants are for an epoch that every Envoy has. The one that has it forgot the last, and gets no new ones."""
+def test_no_leases_are_granted_while_one_envoy_lags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are granted for an epoch that every Envoy has. One that has it already has dropped the old leases."""
     monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.2)
     with leased() as it:
-        quick, slow_one = it.add_proxy(), it.add_proxy()
+        quick, slow = it.add_proxy(), it.add_proxy()
         it.wait_for_leases()
         warm = quick.send(experts="A").id
         assert quick.send(experts="A").id == warm
-        slow_one.process.send_signal(signal.SIGSTOP)
+        slow.process.send_signal(signal.SIGSTOP)
         try:
             it.swap(it.text + "# while one sleeps\n")
             assert not quick.leased(experts="A")
             assert quick.send(experts="A").id != warm
             assert it.control.lease_epoch is None
         finally:
-            slow_one.process.send_signal(signal.SIGCONT)
+            slow.process.send_signal(signal.SIGCONT)
         it.wait_for_leases()
         assert quick.leased(experts="A")
-        assert slow_one.leased(experts="A")
+        assert slow.leased(experts="A")
 
 
-def test_nothing_is_granted_while_a_swap_is_under_way(
-    it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the push to the ACK: the old epoch grants nothing more, the new one nothing yet."""
+def test_no_leases_are_granted_during_a_swap(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the push to the ACK, the old epoch grants no more leases and the new one none yet."""
     monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.3)
 
     def grants() -> bool:
@@ -446,7 +447,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(
         while not swapping.done():
             assert not grants()
             time.sleep(0.02)
-        assert not grants()  # without an answer for so long the policy is in force all the same, leases are not
+        assert not grants()  # after the timeout the policy is in force without leases
         assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
     finally:
         process.send_signal(signal.SIGCONT)
@@ -454,8 +455,8 @@ def test_nothing_is_granted_while_a_swap_is_under_way(
     assert grants()
 
 
-def test_a_grant_that_comes_late_is_lost(it: Leased, proxy: Proxy) -> None:
-    """Decided before the swap, answered after it: the new epoch's table does not have it."""
+def test_a_grant_that_arrives_after_a_swap_is_ignored(it: Leased, proxy: Proxy) -> None:
+    """Decided before the swap and answered after it, it is not in the new epoch's table."""
     decided, it.held = it.decided, asyncio.Event()
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -470,8 +471,8 @@ def test_a_grant_that_comes_late_is_lost(it: Leased, proxy: Proxy) -> None:
     assert proxy.send(experts="B").id != answer.id
 
 
-def test_the_filter_takes_no_grant_of_another_epoch(it: Leased, proxy: Proxy) -> None:
-    """Whatever ext_authz grants: the filter knows its own epoch only."""
+def test_the_filter_ignores_grants_of_another_epoch(it: Leased, proxy: Proxy) -> None:
+    """Even if ext_authz grants one."""
     true, foreign = it.authorization.epoch, Epoch.of(it.authorization.epoch.snapshot, "another")
     it.authorization.epoch = replace(foreign, grants=True)
     try:
@@ -485,7 +486,7 @@ def test_the_filter_takes_no_grant_of_another_epoch(it: Leased, proxy: Proxy) ->
 
 
 def test_changes_of_keys_within_50_ms_are_one_push(it: Leased, proxy: Proxy) -> None:
-    """Each is an epoch, one filter is sent."""
+    """Each is an epoch, but only one filter is sent."""
     before = proxy.counters()["config_reload"]
 
     async def burst() -> None:
@@ -503,11 +504,11 @@ def test_changes_of_keys_within_50_ms_are_one_push(it: Leased, proxy: Proxy) -> 
     assert proxy.counters()["config_reload"] == before + 1
 
 
-# ---- without Envoy's half, or without ours ----
+# ---- without Envoy's half, or without ext_authz ----
 
 
-def test_without_ads_nothing_is_granted() -> None:
-    """An Envoy that never heard of leases gets none, and is served as ever."""
+def test_without_ads_no_leases_are_granted() -> None:
+    """An Envoy that does not know leases is served without them."""
     with leased() as it:
         proxy = it.add_proxy(without_leases)
         assert not proxy.leased(experts="A")
@@ -516,7 +517,7 @@ def test_without_ads_nothing_is_granted() -> None:
 
 
 def test_the_table_is_bounded() -> None:
-    """Two generations of 20: of 300 callers at most 40 are remembered, and the first are not."""
+    """Two generations of 20: of 300 callers, at most the last 40 have a lease."""
     with leased(entries=20) as it:
         proxy = it.add_proxy()
         it.wait_for_leases()
@@ -531,8 +532,8 @@ def test_the_table_is_bounded() -> None:
         assert first[0] != again[-1]
 
 
-def test_ext_authz_gone() -> None:
-    """kill -9: who has a lease goes on until it ends, everybody else gets 503, and nobody gets more than before."""
+def test_without_ext_authz_leases_go_on_and_everything_else_is_503() -> None:
+    """After kill -9, callers with a lease are served until it ends, and all others get 503."""
 
     token = tokens.sign(tokens.claims(plan="premium", sub="somebody"))
 
@@ -563,10 +564,10 @@ def test_ext_authz_gone() -> None:
         assert {(e["decision_id"], e["decision"], e["candidates"], e["caller_tier"]) for e in repeated} == {
             (first.headers["x-srp-decision-id"], "allow", "C", "high")
         }
-        assert "somebody" not in it.envoy.log.read_text()  # the subject is no business of the log's
+        assert "somebody" not in it.envoy.log.read_text()  # the log must not have the subject
 
 
-# ---- the same as without ----
+# ---- with leases as without ----
 
 CALLERS = {
     "nobody": None,
@@ -631,7 +632,7 @@ def sent_as(**how: Any) -> Callable[[Ask], Ask]:
     return lambda ask: ask | {"method": "POST", "body": ask["body"] or b"{}"} | how
 
 
-# A request, told otherwise: each is sent beside the one that it is made of, which may be warm.
+# Each changes a request, and is sent after the original, which may have a lease by then.
 TWISTS: dict[str, Callable[[Ask], Ask]] = {
     "headers reversed": lambda ask: ask | {"headers": ask["headers"][::-1]},
     "a header twice": lambda ask: ask | {"headers": [*ask["headers"], *ask["headers"][:1]]},
@@ -698,20 +699,20 @@ changes = st.one_of(
 
 
 @pytest.mark.parametrize("twist", TWISTS)
-def test_a_twisted_request_as_without(it: Leased, proxy: Proxy, twist: str) -> None:
-    """After the request that it is made of has a lease."""
+def test_a_twisted_request_gets_the_same_answer_as_without_leases(it: Leased, proxy: Proxy, twist: str) -> None:
+    """After the original request got a lease."""
     cold = it.proxies[1]
     for ask in BASES:
         assert proxy.leased(**ask)
         found, expected = (p.send(**TWISTS[twist](ask)) for p in (proxy, cold))
-        assert told(found) == told(expected)
-        assert shown(found) == shown(expected)
+        assert client_view(found) == client_view(expected)
+        assert expert_view(found) == expert_view(expected)
 
 
-def test_with_leases_as_without(it: Leased) -> None:
+def test_any_history_gives_the_same_answers_as_without_leases(it: Leased) -> None:
     """Requests, policy swaps, rotations, revocations and expiries in any order: two Envoys, one with leases, agree.
 
-    After each change the last requests are sent again, so that whatever outlived the change would show.
+    After each change the last requests are sent again, so that a lease that outlives the change would show.
     """
     warm, cold = it.proxies
     seen: Counter[str] = Counter()
@@ -731,9 +732,9 @@ def test_with_leases_as_without(it: Leased) -> None:
         def compare(request: Ask) -> None:
             began, hits = time.time(), it.decided
             found, expected = (p.send(**{**request, "token": callers[request["token"]]}) for p in (warm, cold))
-            if not began < ends <= time.time():  # it ended between the two
-                assert told(found) == told(expected)
-                assert shown(found) == shown(expected)
+            if not began < ends <= time.time():  # it expired between the two
+                assert client_view(found) == client_view(expected)
+                assert expert_view(found) == expert_view(expected)
             seen["repeated" if it.decided == hits + 1 else "decided"] += 1
 
         sent: list[Ask] = []
@@ -760,28 +761,28 @@ def test_with_leases_as_without(it: Leased) -> None:
         it.rotate("")
 
     agree()
-    assert {"swap", "keys", "wait", "expiry"} <= set(seen), "it proves nothing of what was never tried"
-    assert seen["repeated"] > 50, "it proves nothing if all requests are decided anew"
+    assert {"swap", "keys", "wait", "expiry"} <= set(seen), "a kind of change was never tried"
+    assert seen["repeated"] > 50, "hardly any request was answered by a lease"
 
 
-# ---- means ----
+# ---- what is compared ----
 
 
-def told(answer: Answer) -> dict[str, Any]:
-    """What a client gets, but for what is each answer's own."""
+def client_view(answer: Answer) -> dict[str, Any]:
+    """What the client gets, without what differs from answer to answer."""
     ours = {k: v for k, v in answer.headers.items() if k.startswith("x-srp-") and k not in OWN | {"x-srp-expert"}}
     code = json.loads(answer.body)["error"]["code"] if answer.status != 200 else None
     return {"status": answer.status, "code": code, "www": answer.headers.get("www-authenticate"), **ours}
 
 
-def shown(answer: Answer) -> dict[str, str] | None:
-    """What the expert gets, but for what is each request's own."""
+def expert_view(answer: Answer) -> dict[str, str] | None:
+    """What the expert gets, without what differs from request to request."""
     ours = OWN | {"x-envoy-expected-rq-timeout-ms", "x-forwarded-for", "host"}
     return None if answer.upstream is None else {k: v for k, v in answer.upstream.items() if k not in ours}
 
 
 def under_load(proxy: Proxy, token: str, until: float) -> list[tuple[float, Answer]]:
-    """Answers to requests for C without pause by four clients, each with the time at which it was sent."""
+    """Answers to four clients that ask for C without a pause, each with the time of its request."""
 
     def client() -> list[tuple[float, Answer]]:
         answers = []

@@ -1,4 +1,4 @@
-"""envoy/least_request.lua in a real Envoy: which of the named experts gets a request."""
+"""envoy/least_request.lua in a real Envoy: which of the candidates gets a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness.rig import Answer, Rig, rig, until
+from tests.harness.answer import Answer
+from tests.harness.rig import Rig, rig
+from tests.harness.waiting import until
 
 AB = "expert-a,expert-b"
 HOLD = ("x-hold", "1")
@@ -21,7 +23,7 @@ def running() -> Iterator[Rig]:
 
 
 async def hold(it: Rig, target: str, times: int) -> list[asyncio.Task[Answer]]:
-    """So many requests for `target`, one after the other, each of them in flight before the next is sent."""
+    """So many requests for `target`, one after another, each in flight before the next is sent."""
     tasks = []
     for _ in range(times):
         before = in_flight(it).total()
@@ -46,14 +48,14 @@ def in_flight(it: Rig) -> Counter[str]:
 
 
 PLACES = [
-    # already in flight, target, how many more, where they must be then
+    # already in flight, target, further requests, where all must be then
     ({"A": 3}, AB, 3, {"A": 3, "B": 3}),
     ({"A": 1, "B": 4}, AB, 3, {"A": 4, "B": 4}),
     ({}, "expert-a,expert-b,expert-c", 9, {"A": 3, "B": 3, "C": 3}),
     ({}, "expert-a;w=2,expert-b;w=1", 9, {"A": 6, "B": 3}),
     ({"A": 2}, "expert-a;w=5,expert-b;w=1", 2, {"A": 4}),
     ({"A": 1, "B": 2}, "expert-a;w=9;m=1,expert-b;w=1;m=9", 2, {"A": 1, "B": 4}),
-    ({"A": 2, "B": 1}, "expert-a;m=1,expert-b;m=1", 1, {"A": 2, "B": 2}),  # all full: Envoy's own limits decide
+    ({"A": 2, "B": 1}, "expert-a;m=1,expert-b;m=1", 1, {"A": 2, "B": 2}),  # all are full: Envoy's own limits decide
     ({"A": 5}, "expert-a", 2, {"A": 7}),
     ({"A": 5}, "expert-a,expert-b;s", 2, {"A": 7}),
     ({"A": 5}, "expert-a;m=5,expert-b;w=1;m=9;s", 2, {"A": 5, "B": 2}),
@@ -63,7 +65,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("before", "target", "more", "after"), PLACES)
-def test_the_idlest_for_its_weight_gets_the_request(
+def test_the_idlest_candidate_by_weight_gets_the_request(
     running: Rig, before: dict[str, int], target: str, more: int, after: dict[str, int]
 ) -> None:
     async def play() -> None:
@@ -118,17 +120,17 @@ ODD = [
 
 
 @pytest.mark.parametrize("target", ODD)
-def test_an_odd_target_names_nobody(running: Rig, target: str) -> None:
+def test_a_malformed_target_reaches_no_expert(running: Rig, target: str) -> None:
     answer = running.run(running.send(target))
     assert (answer.status, answer.code) == (503, "experts_unavailable")
     assert "x-srp-expert" not in answer.headers
 
 
-def test_no_target_names_nobody(running: Rig) -> None:
+def test_without_a_target_no_expert_is_reached(running: Rig) -> None:
     assert running.run(running.send()).code == "experts_unavailable"
 
 
-def test_the_paths_that_experts_see(running: Rig) -> None:
+def test_experts_see_process_for_route_and_any_other_path_normalized(running: Rig) -> None:
     async def play() -> list[str]:
         expert = running.experts["A"][0]
         expert.seen.clear()

@@ -1,4 +1,4 @@
-"""Time, tries and load: what a request may take of an expert and of Envoy, in a real Envoy."""
+"""Time, tries and load: how much of an expert and of Envoy a request may take, in a real Envoy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
-from tests.harness.rig import HOST, Rig, rig, until
+from ext_authz.demo.ports import HOST
+from tests.harness.rig import Rig, rig
+from tests.harness.waiting import until
 
 HOLD = ("x-hold", "1")
 
@@ -21,7 +23,7 @@ async def restart(it: Rig, change: Callable[[str], str]) -> None:
 
 
 def test_without_a_timeout_an_answer_takes_as_long_as_it_takes() -> None:
-    """`timeout: 0` in the policy becomes a header of 0, which goes before the route's own limit."""
+    """`timeout: 0` in the policy becomes a header of 0, which overrides the route's own timeout."""
     with rig({"A": 1}) as it:
 
         async def play() -> None:
@@ -38,7 +40,7 @@ def test_without_a_timeout_an_answer_takes_as_long_as_it_takes() -> None:
 
 
 @pytest.mark.parametrize(("retries", "status"), [("0", 503), ("3", 200)])
-def test_no_more_tries_than_the_policy_allows(retries: str, status: int) -> None:
+def test_there_are_no_more_tries_than_the_policy_allows(retries: str, status: int) -> None:
     with rig({"A": 1, "B": 1}, health=None, outlier=None) as it:
 
         async def play() -> Counter[int]:
@@ -50,7 +52,7 @@ def test_no_more_tries_than_the_policy_allows(retries: str, status: int) -> None
         assert it.run(play()) == {status: 3}
 
 
-def test_a_new_replica_gets_its_share_little_by_little() -> None:
+def test_a_new_replica_gets_its_share_gradually() -> None:
     with rig({"A": 2}, slow_start=3.0) as it:
 
         async def share(requests: int) -> float:
@@ -64,7 +66,7 @@ def test_a_new_replica_gets_its_share_little_by_little() -> None:
             new = it.experts["A"][1]
             await new.stop()
             await it.healthy(expert_a=1)
-            await asyncio.sleep(3)  # the other is an old hand by now
+            await asyncio.sleep(3)  # the other one is past its slow start by now
             await new.start()
             await it.healthy(expert_a=2)
             assert await share(50) < 0.4
@@ -74,12 +76,12 @@ def test_a_new_replica_gets_its_share_little_by_little() -> None:
         it.run(play())
 
 
-def test_an_overloaded_envoy_says_so_and_says_when_to_come_back() -> None:
+def test_an_overloaded_envoy_says_so_and_when_to_retry() -> None:
     with rig({"A": 1}) as it:
 
         async def play() -> None:
             await restart(it, lambda text: text.replace("threshold: {value: 0.95}", "threshold: {value: 0.0001}"))
-            await asyncio.sleep(0.5)  # the heap is looked at four times a second
+            await asyncio.sleep(0.5)  # the heap is checked four times a second
             answer = await it.send("expert-a")
             assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "overloaded", "1")
             assert not it.experts["A"][0].seen
@@ -87,7 +89,7 @@ def test_an_overloaded_envoy_says_so_and_says_when_to_come_back() -> None:
         it.run(play())
 
 
-def test_envoy_takes_no_more_connections_than_it_is_given() -> None:
+def test_envoy_accepts_no_more_connections_than_configured() -> None:
     limit = "max_active_downstream_connections: "
     with rig({"A": 1}) as it:
 
@@ -103,8 +105,8 @@ def test_envoy_takes_no_more_connections_than_it_is_given() -> None:
         it.run(play())
 
 
-def test_the_access_log_has_the_candidates_the_ladder_and_the_tries() -> None:
-    """Who might have served (`srp.candidates`), whom Envoy tried in which order (`cluster`), who did, and how often."""
+def test_the_access_log_has_the_ladder_the_expert_and_the_tries() -> None:
+    """The ladder is `cluster`: the experts in the order in which Envoy tried them."""
     with rig({"A": 1, "B": 1}, health=None, outlier=None) as it:
 
         async def play() -> None:

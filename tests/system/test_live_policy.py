@@ -1,4 +1,4 @@
-"""The policy file is live: edited under load, through a real Envoy."""
+"""The policy file is edited under load, in front of a real Envoy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.harness import ROOT, tokens
 from tests.harness.system import System, get_json, rss, system
 from tests.harness.waiting import wait_for
 
-SWAPS = int(os.environ.get("SRP_SWAPS", "100"))  # the README's figure is of 1,000
+SWAPS = int(os.environ.get("SRP_SWAPS", "100"))  # 1,000 for the figure in the README
 BROKEN = sorted((ROOT / "tests/policyfile/broken").glob("*.yaml"))
 FILES = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
 
@@ -29,14 +29,14 @@ Answers = list[tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[System]:
-    """A system of this file's own: its policy changes all the time."""
+    """A system for this file alone, because its policy keeps changing."""
     with system(demo_policy, {"A": 1, "B": 1, "C": 1, "D": 1}, FILES) as it:
         yield it
 
 
 @pytest.fixture
 def original(live: System) -> Iterator[str]:
-    """The first policy, in force before and after the test."""
+    """The first policy. It is in force before and after the test."""
     text = demo_policy(live.ports)
     yield text
     live.swap(text)
@@ -44,7 +44,7 @@ def original(live: System) -> Iterator[str]:
 
 @contextlib.asynccontextmanager
 async def load(it: System, experts: list[str], clients: int = 8) -> AsyncIterator[Answers]:
-    """Requests for `experts` without end; what came back is (status, policy digest, expert), in order of arrival."""
+    """Requests for `experts` without end. The answers are (status, policy digest, expert), in order of arrival."""
     answers: Answers = []
     url = f"http://127.0.0.1:{it.port}/route"
     stop = asyncio.Event()
@@ -75,7 +75,7 @@ def under_load(it: System, experts: list[str], act: Callable[[Answers], Awaitabl
 
 
 def test_every_answer_agrees_with_the_digest_it_carries(live: System, original: str) -> None:
-    """Policies that flip C between tiers, swapped as fast as they come into force; nothing fails, nothing leaks."""
+    """Policies that move C between tiers are swapped as fast as they come into force; nothing fails or leaks."""
     opened = original.replace("C: {tier: high", "C: {tier: low")
     digests = {live.swap(original): 403, live.swap(opened): 200}
     assert live.authz.process is not None
@@ -101,8 +101,8 @@ def test_every_answer_agrees_with_the_digest_it_carries(live: System, original: 
     assert memory[1] < memory[0] * 1.1
 
 
-def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
-    """The kubelet's way: a new ..data folder, one symlink swapped, the old folder gone."""
+def test_the_swap_of_a_configmap_is_noticed(live: System, original: str) -> None:
+    """As the kubelet does it: a new ..data folder, one symlink swapped, the old folder removed."""
     folder = live.directory
     target = original + "# mounted\n"
     version = folder / "..2026_1"
@@ -128,8 +128,7 @@ def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
     (folder / "..data").unlink()
 
 
-def test_a_touch_without_a_change_does_nothing(live: System, original: str) -> None:
-    """Only content counts."""
+def test_touching_the_file_reloads_nothing(live: System, original: str) -> None:
     before = live.status()["policy"]["reloads"]
     live.policy.touch()
     live.write_policy(original)
@@ -137,8 +136,8 @@ def test_a_touch_without_a_change_does_nothing(live: System, original: str) -> N
     assert live.status()["policy"]["reloads"] == before
 
 
-def test_a_new_expert_is_reachable_from_the_first_decision_that_names_it(live: System, original: str) -> None:
-    """404 until the new policy, 200 from then on, 404 after its removal, and no failure in between."""
+def test_a_new_expert_serves_from_the_first_decision_of_its_policy_on(live: System, original: str) -> None:
+    """404 until the new policy is in force, then 200, 404 after its removal, and no failure in between."""
     without = "".join(line for line in original.splitlines(keepends=True) if not line.startswith("  D:"))
     live.swap(without)
 
@@ -157,7 +156,7 @@ def test_a_new_expert_is_reachable_from_the_first_decision_that_names_it(live: S
     assert {status for status, _, _ in answers} == {200, 404}
 
 
-def test_a_dropped_expert_is_warned_about_by_name(live: System, original: str) -> None:
+def test_a_removed_expert_is_named_in_log_and_status(live: System, original: str) -> None:
     """In the log and in the status."""
     without = "".join(line for line in original.splitlines(keepends=True) if not line.startswith("  D:"))
     live.swap(without)
@@ -165,8 +164,8 @@ def test_a_dropped_expert_is_warned_about_by_name(live: System, original: str) -
     assert "`D`" in live.authz.log.read_text()
 
 
-def test_a_token_revoked_by_jti_stops_with_the_reload(live: System, original: str) -> None:
-    """Though it has been verified and remembered; another token of the same caller goes on."""
+def test_a_token_revoked_by_jti_is_refused_from_the_reload_on(live: System, original: str) -> None:
+    """Although it was verified and cached; another token of the same caller still works."""
     revoked = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
     other = tokens.sign(tokens.claims(plan="premium", jti="fine"))
     for token in (revoked, other, revoked):
@@ -179,7 +178,7 @@ def test_a_token_revoked_by_jti_stops_with_the_reload(live: System, original: st
 
 @pytest.mark.parametrize("path", [p for p in BROKEN if "_file_" not in p.stem], ids=lambda p: p.stem)
 def test_a_broken_policy_keeps_the_old_one(live: System, original: str, path: Path) -> None:
-    """Refused at reload, told in the status, the old policy still decides."""
+    """The status has the error, and the old policy still decides."""
     before = live.status()["policy"]
     live.policy.with_name(".policy.new").write_bytes(path.read_bytes())
     live.policy.with_name(".policy.new").rename(live.policy)
@@ -190,8 +189,8 @@ def test_a_broken_policy_keeps_the_old_one(live: System, original: str, path: Pa
     assert live.send(experts=["A"]).status == 200
 
 
-def test_both_halves_come_back_alone(live: System, original: str) -> None:
-    """ext_authz restarted behind a running Envoy, and Envoy before a running ext_authz, under load."""
+def test_ext_authz_and_envoy_each_recover_from_a_restart(live: System, original: str) -> None:
+    """ext_authz restarts behind a running Envoy, and Envoy in front of a running ext_authz."""
     live.authz.kill()
     assert live.send(experts=["A"]).status == 503
     live.authz.start()

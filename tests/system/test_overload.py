@@ -1,4 +1,4 @@
-"""More than can be served: refused at once and closed, and served again when the crowd is gone."""
+"""More requests than can be served are refused at once, and served again when the crowd is gone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import ExitStack
 
 import pytest
 
+from ext_authz.demo.ports import HOST
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import HOST, System, get_json, system
+from tests.harness.system import System, get_json, system
 from tests.harness.waiting import wait_for
 
-IN_FLIGHT = 384  # checks that Envoy has under way at most: the ext_authz cluster's `max_requests`
+IN_FLIGHT = 384  # checks that Envoy runs at a time, at most: the ext_authz cluster's `max_requests`
 CROWD = IN_FLIGHT + 64
 
 
@@ -24,8 +25,8 @@ def proxy() -> Iterator[System]:
         yield it
 
 
-def test_a_crowd_is_refused_and_not_let_in(proxy: System) -> None:
-    """With a server that answers nobody each of the crowd gets 503, those over the limit without a check."""
+def test_a_crowd_gets_503_and_reaches_no_expert(proxy: System) -> None:
+    """While the server does not answer, every request gets 503; those over the limit get it without a check."""
     request = b"GET / HTTP/1.1\r\nhost: x\r\nx-expert-names: A\r\nconnection: close\r\n\r\n"
     with ExitStack() as stack:
         crowd = [stack.enter_context(socket.create_connection((HOST, proxy.port), 30)) for _ in range(CROWD)]

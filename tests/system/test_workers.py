@@ -1,4 +1,4 @@
-"""Several processes that decide, through a real Envoy: they agree, they are replaced, and they end with their owner."""
+"""Several processes that decide, behind a real Envoy: they agree, are replaced, and end with their owner."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ext_authz.demo.ports import HOST
 from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import HOST, System, system
+from tests.harness.system import System, system
 from tests.harness.waiting import wait_for
 
 WORKERS = 3
 SWAPS = 10
-ENOUGH = 60  # requests, of which each of three workers gets some
+ENOUGH = 60  # requests for each of three workers to get some
 FILES = {"jwks.json": tokens.jwks("ES256")}
 
 Answers = list[tuple[int, str]]
@@ -68,7 +69,7 @@ def statuses(it: System, experts: str, token: str | None = None) -> Counter[int]
 
 
 def from_all(it: System, experts: str, token: str | None = None) -> set[int]:
-    """The statuses of requests until every worker has decided some: one that was ejected is back within seconds."""
+    """The statuses of requests until every worker has decided some; an ejected one is back within seconds."""
     before = {w["worker"]: w["checks"] for w in workers(it)}
     found: Counter[int] = Counter()
     deadline = time.monotonic() + 10
@@ -82,7 +83,7 @@ def from_all(it: System, experts: str, token: str | None = None) -> set[int]:
 
 @contextlib.asynccontextmanager
 async def load(it: System, expert: str, clients: int = 6) -> AsyncIterator[Answers]:
-    """Requests without end, half of them such as may be leased: status and policy, in order of arrival."""
+    """Requests without end, half of which may be leased. The answers are (status, policy), in order of arrival."""
     answers: Answers = []
     stop = asyncio.Event()
 
@@ -104,7 +105,7 @@ async def load(it: System, expert: str, clients: int = 6) -> AsyncIterator[Answe
 
 
 def restart(it: System, n: int) -> None:
-    """Start ext_authz again, with another number of workers."""
+    """Start ext_authz again, with `n` workers."""
     command = list(it.authz.command)
     command[command.index("--workers") + 1] = str(n)
     it.authz.command = command
@@ -129,7 +130,7 @@ def listening(it: System) -> set[str]:
 # ---- they agree ----
 
 
-def test_all_of_them_decide_and_their_counts_add_up(team: System) -> None:
+def test_all_workers_decide_and_their_counts_add_up(team: System) -> None:
     assert from_all(team, "A") == {200}
     assert from_all(team, "C") == {403}
     status = team.status()
@@ -145,21 +146,21 @@ def test_all_of_them_decide_and_their_counts_add_up(team: System) -> None:
     assert lookups >= 2 * ENOUGH
 
 
-def test_the_sockets_are_beside_the_owners_and_private(team: System) -> None:
+def test_the_workers_sockets_are_beside_the_owners_and_private(team: System) -> None:
     assert listening(team) == {"ext_authz.sock", "ext_authz.sock.1", "ext_authz.sock.2"}
     assert {(team.directory / name).stat().st_mode & 0o777 for name in listening(team)} == {0o660}
 
 
-def test_no_thread_of_theirs_interrupts_another(team: System) -> None:
-    """gRPC's threads, too: they would, at each of a check's events."""
+def test_no_thread_of_a_worker_preempts_another(team: System) -> None:
+    """Not even gRPC's threads, which otherwise would, at every event of a check."""
     for pid in [w["pid"] for w in team.status()["workers"]]:
         threads = [int(p.name) for p in Path(f"/proc/{pid}/task").iterdir()]
         assert len(threads) > 2
         assert {os.sched_getscheduler(tid) for tid in threads} == {os.SCHED_BATCH}
 
 
-def test_a_policy_in_force_is_every_workers(team: System) -> None:
-    """Swaps under load: an answer agrees with the policy it carries, and none has the old one once the new counts."""
+def test_a_policy_in_force_is_in_force_in_every_worker(team: System) -> None:
+    """Under load, an answer agrees with the policy it names, and none names the old one after the new is in force."""
     original = demo_policy(team.ports)
     opened = original.replace("C: {tier: high", "C: {tier: low")
     expected = {team.swap(original): 403, team.swap(opened): 200}
@@ -168,7 +169,7 @@ def test_a_policy_in_force_is_every_workers(team: System) -> None:
         async with load(team, "C") as answers:
             for n in range(SWAPS):
                 digest = await asyncio.to_thread(team.swap, original if n % 2 == 0 else opened)
-                # A request from before the swap may be answered after it: six clients have one each.
+                # Six clients may each have one request from before the swap that is answered after it.
                 arrived = len(answers)
                 for _ in range(3):
                     answer = await asyncio.to_thread(team.send, experts=["C"])
@@ -183,7 +184,7 @@ def test_a_policy_in_force_is_every_workers(team: System) -> None:
     team.swap(original)
 
 
-def test_a_revocation_reaches_all(team: System) -> None:
+def test_a_revocation_reaches_all_workers(team: System) -> None:
     original = demo_policy(team.ports)
     token = tokens.sign(tokens.claims(sub="eve", plan="premium"))
     assert from_all(team, "C", token) == {200}
@@ -192,8 +193,8 @@ def test_a_revocation_reaches_all(team: System) -> None:
     team.swap(original)
 
 
-def test_a_rotation_of_keys_reaches_all(team: System) -> None:
-    """A token of an unknown key has any worker ask the owner for new ones; they are everybody's with the answer."""
+def test_a_rotation_of_keys_reaches_all_workers(team: System) -> None:
+    """A token with an unknown key makes any worker ask its owner for new keys; all workers get them."""
     old, new = (tokens.sign(tokens.claims(plan="premium"), name=name) for name in ("", "new"))
     (team.directory / "jwks.json").write_bytes(tokens.jwks("ES256", name="new"))
     before = workers(team)[0]["epoch"]
@@ -229,8 +230,8 @@ def test_a_worker_that_is_killed_costs_no_request_and_is_replaced(team: System) 
     assert from_all(team, "A") == {200}
 
 
-def test_a_worker_that_does_not_take_over_a_policy_is_killed_first(team: System) -> None:
-    """Stopped, it might decide by the old policy when it goes on: it is gone when the new one counts."""
+def test_a_worker_that_does_not_install_a_policy_is_killed_before_it_is_in_force(team: System) -> None:
+    """A stopped worker could decide by the old policy when it resumes."""
     original = demo_policy(team.ports)
     victim = workers(team)[2]
     os.kill(victim["pid"], signal.SIGSTOP)
@@ -246,8 +247,8 @@ def test_a_worker_that_does_not_take_over_a_policy_is_killed_first(team: System)
     team.swap(original)
 
 
-def test_without_its_owner_nobody_decides(team: System) -> None:
-    """kill -9 of the owner: the workers end, all is 503, no expert is reached; another number of them heals it."""
+def test_without_their_owner_no_worker_decides(team: System) -> None:
+    """After kill -9 the workers end, every answer is 503 and no expert is reached, until the owner starts again."""
     pids = [w["pid"] for w in workers(team)]
     team.authz.kill()
     wait_for(lambda: not any(map(alive, pids)), "the workers to end", team, seconds=2)
@@ -260,7 +261,7 @@ def test_without_its_owner_nobody_decides(team: System) -> None:
 
 
 def test_sigterm_leaves_nothing_behind(team: System) -> None:
-    """All end, the owner last, and one process alone takes over from where Envoy is."""
+    """All end, the owner last; a single process then serves the same Envoy."""
     pids = [w["pid"] for w in workers(team)]
     team.authz.stop()
     assert not any(map(alive, pids))
