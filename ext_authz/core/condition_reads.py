@@ -40,6 +40,24 @@ def members(condition: Condition, variable: str) -> Members:
     return known if known and len(known) == len(found) and not _doubtful(tokens) else None
 
 
+def headers(condition: Condition) -> Members:
+    """The request headers that the condition's outcome can depend on; None if it may depend on any of them."""
+    read = members(condition, "request")
+    if read is None or "headers" not in read:
+        return None if read is None else frozenset()
+    # `request.headers` in one of these forms only: the variable is then as good as one that is named `headers`.
+    tokens = _tokens(condition.source)
+    starts = [i for i, t in enumerate(tokens) if t.text == "request" and _at(tokens, i + 2).text == "headers"]
+    found = {_read_at(_merged(tokens, i), i) for i in starts}
+    known = frozenset(name for name in found if name is not None)
+    return known if starts and len(known) == len(found) else None
+
+
+def _merged(tokens: list[_Token], index: int) -> list[_Token]:
+    """The tokens with the three of `request.headers` at `index` made one."""
+    return [*tokens[:index], _Token("name", "headers"), *tokens[index + 3 :]]
+
+
 def _tokens(source: str) -> list[_Token]:
     tokens: list[_Token] = []
     end = -1

@@ -7,7 +7,14 @@ from functools import lru_cache
 from typing import Any, assert_never
 
 from ext_authz.core import strict_json
-from ext_authz.core.headers import CONTENT_ENCODING, CONTENT_TYPE, PARTIAL_BODY, REQUESTED_CLUSTER, TARGET_CLUSTER
+from ext_authz.core.headers import (
+    CONTENT_ENCODING,
+    CONTENT_TYPE,
+    LISTS,
+    PARTIAL_BODY,
+    REQUESTED_CLUSTER,
+    TARGET_CLUSTER,
+)
 from ext_authz.core.model import Reason, Refusal, Request
 from ext_authz.core.policy import Body, DefaultOnly, GateRule, Header, Policy
 
@@ -20,6 +27,9 @@ _SHORT = 256  # characters; longer header values are not cached
 _NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+# What Envoy has not resolved or rejected: a dot segment with a parameter, escaped or behind a backslash. An expert that
+# drops `;x` and then resolves `..` serves another path than the one that was decided about.
+_DOT_SEGMENT = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:;[^/\\]*)?(?:[/\\]|$)|\\|%5c", re.IGNORECASE)
 _UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
 _ABSENT, _AMBIGUOUS = object(), object()
 
@@ -28,6 +38,10 @@ Names = tuple[str, ...]
 
 def read(policy: Policy, request: Request) -> Names | Refusal:
     """The names that the request asks for, deduplicated and in order, or why they cannot be read."""
+    if _DOT_SEGMENT.search(request.path):
+        return _bad("the path has a segment that experts could resolve differently")
+    if request.repeated and (repeated := _repeated_for_conditions(policy, request)):
+        return _bad(f"header {repeated} appears more than once, and a condition may read it")
     rule = rule_for(policy, request.path)
     if rule is None:
         return Refusal(Reason.NO_EXPERTS_REQUESTED, "no gate rule covers this path")
@@ -40,6 +54,17 @@ def read(policy: Policy, request: Request) -> Names | Refusal:
             return _default(rule.default)
         case unknown:
             assert_never(unknown)
+
+
+def _repeated_for_conditions(policy: Policy, request: Request) -> str | None:
+    """A header that came more than once and that a condition may read, which has no one value for it.
+
+    Without the header a condition that forbids it would hold, and so would one that compares it, with all its values.
+    """
+    if not policy.reads_request:
+        return None
+    read = request.repeated - LISTS if policy.headers_read is None else request.repeated & policy.headers_read
+    return min(read, default=None)
 
 
 def rule_for(policy: Policy, path: str) -> GateRule | None:

@@ -37,6 +37,10 @@ TO_EXPERT = (TARGET_CLUSTER, SUBJECT, TIER, DECISION_ID, TIMEOUT, MAX_RETRIES, R
 EXPERT = "x-srp-expert"
 ATTEMPTS = "x-srp-attempts"
 
+# Honest clients and proxies send these in several lines. No condition can read one that came so.
+LISTS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "cookie", "forwarded", "via",
+                   "x-forwarded-for"})  # fmt: skip
+
 # What every decision may read besides the path and the gate's own header. A lease's key contains all of them.
 READ_BY_EVERY_DECISION = (*TOKEN_HEADERS, REQUESTED_CLUSTER, DOWNGRADE)
 

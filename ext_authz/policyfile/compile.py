@@ -6,15 +6,16 @@ It resolves references, compiles the conditions, and reports what refers to noth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ext_authz.core import jwk
 from ext_authz.core.condition import VARIABLES, Condition, compile_condition
-from ext_authz.core.condition_reads import Members, members
+from ext_authz.core.condition_reads import Members, headers, members
 from ext_authz.core.headers import NOT_SENT, REQUESTED_CLUSTER, TARGET_CLUSTER, TOKEN_HEADERS
 from ext_authz.core.policy import (
     Body,
@@ -75,6 +76,7 @@ class Compiler:
         self._once(("log_claims",), file.log_claims)
         experts = {e.name: e for e in self._experts()}
         clearance = tuple(self._clearance())
+        allow = [e.allow for e in experts.values() if e.allow is not None]
         return Policy(
             tiers=tuple(file.tiers),
             experts=MappingProxyType(experts),
@@ -88,8 +90,9 @@ class Compiler:
             log_claims=tuple(file.log_claims),
             digest=self._source.digest,
             clusters=MappingProxyType({e.cluster: e.name for e in experts.values()}),
-            claims_read=_claims_read([*(r.when for r in clearance), *(e.allow for e in experts.values())]),
-            reads_request=any(e.allow is not None and "request" in e.allow.reads for e in experts.values()),
+            claims_read=_read(partial(members, variable="claims"), [*(r.when for r in clearance), *allow]),
+            headers_read=_read(headers, allow),
+            reads_request=any("request" in condition.reads for condition in allow),
             lease=file.lease,
         )
 
@@ -263,10 +266,11 @@ class Compiler:
         return self._source.at(path)[0]
 
 
-def _claims_read(conditions: Iterable[Condition | None]) -> Members:
+def _read(of: Callable[[Condition], Members], conditions: Iterable[Condition]) -> Members:
+    """What any of the conditions reads; None if it may be anything."""
     found: set[str] = set()
     for condition in conditions:
-        read = frozenset() if condition is None else members(condition, "claims")
+        read = of(condition)
         if read is None:
             return None
         found |= read

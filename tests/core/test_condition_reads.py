@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_authz.core.condition import compile_condition, context
-from ext_authz.core.condition_reads import members
+from ext_authz.core.condition_reads import headers, members
 
 READS = [
     # source, members of `claims` (None: any)
@@ -93,3 +93,23 @@ def test_claims_that_are_not_read_change_nothing(source: str, some: dict[str, An
         return
     twin = {k: v for k, v in some.items() if k in read} | {k: v for k, v in others.items() if k not in read}
     assert condition.holds(context(some)) is condition.holds(context(twin))
+
+
+HEADERS: list[tuple[str, frozenset[str] | None]] = [
+    ('!("x-debug" in request.headers)', frozenset({"x-debug"})),
+    ('request.headers["x-team"] == "red" || request.headers.accept == "a"', frozenset({"x-team", "accept"})),
+    ("has(request.headers.foo)", frozenset({"foo"})),
+    ('request.path == "/x" && claims.headers == "y"', frozenset()),
+    ('request.headers.exists(k, k == "a")', None),
+    ("claims.h in request.headers", None),
+    ('request.headers[claims.h] == "x"', None),
+    ('request["headers"]["a"] == "x"', None),
+    ("size(request.headers) > 1", None),
+]
+
+
+@pytest.mark.parametrize(("source", "expected"), HEADERS)
+def test_the_headers_that_a_condition_reads_are_known_or_may_be_any(
+    source: str, expected: frozenset[str] | None
+) -> None:
+    assert headers(compile_condition(source, "allow", 1)) == expected

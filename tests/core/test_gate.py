@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -330,6 +331,50 @@ def test_a_refusal_says_where_the_gate_looked(rules: Policy, request_: Request, 
     found = gate.read(rules, request_)
     assert isinstance(found, Refusal)
     assert found.detail.startswith(detail)
+
+
+# ---- what could be read in two ways ----------------------------------------------------------------------------------
+
+READS_DEBUG = replace(HEADER, reads_request=True, headers_read=frozenset({"x-debug"}))
+READS_ANY = replace(HEADER, reads_request=True, headers_read=None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "repeated", "expected"),
+    [
+        (HEADER, "x-debug", ("A", "B")),
+        (READS_DEBUG, "x-debug", BAD),
+        (READS_DEBUG, "x-other", ("A", "B")),
+        (READS_ANY, "x-other", BAD),
+        (READS_ANY, "cookie", ("A", "B")),
+    ],
+)
+def test_a_repeated_header_that_a_condition_may_read_is_refused(
+    rules: Policy, repeated: str, expected: Outcome
+) -> None:
+    """To the condition it would be absent, and a rule that forbids the header would let the request pass."""
+    request = Request("GET", "/", {repeated: "1"}, repeated=frozenset({repeated}))
+    assert outcome(rules, request) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/open/%2e%2e;/admin", BAD),
+        ("/open/.%2E;a=b/admin", BAD),
+        ("/open/%2e;/x", BAD),
+        ("/open\\..;\\admin", BAD),
+        ("/open%5cadmin", BAD),
+        ("/a/..;", BAD),
+        ("/a/.hidden", ("A", "B")),
+        ("/a/..b;c", ("A", "B")),
+        ("/v1/a.b;x=1", ("A", "B")),
+        ("/...", ("A", "B")),
+    ],
+)
+def test_a_path_that_experts_could_resolve_differently_is_refused(path: str, expected: Outcome) -> None:
+    """An expert that drops `;x` and then resolves `..` serves another path than the one that was decided about."""
+    assert outcome(HEADER, Request("GET", path, {})) == expected
 
 
 # ---- anything --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def wait_for(ready: Callable[[], object], what: str, it: Logging | None = None, 
                 return
         if time.monotonic() > deadline:
             raise TimeoutError(_message(what, it, seconds))
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def _message(what: str, it: Logging | None, seconds: float) -> str:
