@@ -169,7 +169,8 @@ class Control:
 
     async def _parse(self, text: bytes) -> Policy:
         path = self._file.path
-        return await asyncio.to_thread(parse_policy, text, str(path), path.parent)
+        # Key files are the key store's: a revocation must not wait for another file to be mended.
+        return await asyncio.to_thread(parse_policy, text, str(path), path.parent, key_files=False)
 
     async def _adopt(self, policy: Policy, text: bytes) -> bool:
         old = self._policy

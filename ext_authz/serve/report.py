@@ -105,8 +105,12 @@ def _keys(keys: tuple[KeyStatus, ...]) -> Iterator[Metric]:
     for key in keys:
         fetches.add_metric([key.issuer], key.fetches)
         failures.add_metric([key.issuer], key.failures)
-    yield fetches
-    yield failures
+    usable = GaugeMetricFamily("srp_keys", "Keys that verify an issuer's tokens; 0: all are refused.", labels=["issuer"])
+    skipped = GaugeMetricFamily("srp_keys_skipped", "Keys of an issuer that cannot be used.", labels=["issuer"])
+    for key in keys:
+        usable.add_metric([key.issuer], key.keys)
+        skipped.add_metric([key.issuer], len(key.skipped))
+    yield from (fetches, failures, usable, skipped)
 
 
 def _caches(total: Counts) -> Iterator[Metric]:

@@ -46,7 +46,7 @@ POLICY = Policy(
 
 def keys(*names: str) -> Keys:
     """ISSUER's keys with the ES256 key of each of `names`."""
-    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)))}
+    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)).keys)}
 
 
 def token(name: str = "", **over: Any) -> str:

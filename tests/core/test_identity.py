@@ -59,8 +59,8 @@ def keys() -> identity.Keys:
     """The keys of three issuers. The second has a key with the same `kid` as one of the first."""
     other = json.dumps({"keys": [tokens.jwk("ES256", "other", kid="ES256")]}).encode()
     return {
-        ISSUER: parse_jwks(tokens.jwks()),
-        OTHER: parse_jwks(other),
+        ISSUER: parse_jwks(tokens.jwks()).keys,
+        OTHER: parse_jwks(other).keys,
         SHARED: (secret_key(key_of("HS256")),),
     }
 
@@ -610,7 +610,7 @@ def test_claims_earn_the_tier(keys: identity.Keys) -> None:
 def test_without_kid_two_fitting_keys_are_one_too_many() -> None:
     """A token without `kid` is verified only where exactly one key fits its algorithm."""
     two = json.dumps({"keys": [tokens.jwk("ES256"), tokens.jwk("ES256", "eve"), tokens.jwk("RS256")]}).encode()
-    known = {ISSUER: parse_jwks(two)}
+    known = {ISSUER: parse_jwks(two).keys}
     assert refused(verify(POLICY, known, sign(claims(), kid=None), NOW)).issuer == ISSUER
     assert isinstance(verify(POLICY, known, sign(claims()), NOW), Identity)
     assert isinstance(verify(POLICY, known, sign(claims(), name="eve"), NOW), Identity)
@@ -619,7 +619,7 @@ def test_without_kid_two_fitting_keys_are_one_too_many() -> None:
 
 def test_a_key_without_alg_fits_what_its_type_can() -> None:
     """An RSA key without `alg` verifies RS256 and PS256, if the issuer's list has them, and nothing else."""
-    known = {ISSUER: parse_jwks(json.dumps({"keys": [tokens.jwk("RS256", alg=None, kid="k")]}).encode())}
+    known = {ISSUER: parse_jwks(json.dumps({"keys": [tokens.jwk("RS256", alg=None, kid="k")]}).encode()).keys}
     for alg in ("RS256", "PS256"):
         token = signed_by(header(alg, kid="k"), claims(), alg, key_of("RS256"))
         assert isinstance(verify(POLICY, known, token, NOW), Identity)
@@ -793,7 +793,7 @@ def test_no_mutation_of_a_good_token_verifies(change: Callable[[str], str], alg:
     """Only the token itself verifies."""
     token = good(alg)
     mutant = change(token)
-    found = verify(POLICY, {ISSUER: parse_jwks(tokens.jwks("ES256", "EdDSA", "RS256"))}, mutant, NOW)
+    found = verify(POLICY, {ISSUER: parse_jwks(tokens.jwks("ES256", "EdDSA", "RS256")).keys}, mutant, NOW)
     assert isinstance(found, Identity) is (mutant == token)
 
 
@@ -817,7 +817,7 @@ def test_signed_nonsense_is_judged_and_does_not_raise(body: dict[str, Any], head
     """Whatever an issuer signs is verified or refused; what is verified keeps the rules."""
     payload = {"exp": NOW + 300, "aud": AUDIENCE, "iss": ISSUER, **body}
     found = verify(
-        replace(POLICY, revoked=Revoked()), {ISSUER: parse_jwks(tokens.jwks("ES256"))}, sign(payload, header=head), NOW
+        replace(POLICY, revoked=Revoked()), {ISSUER: parse_jwks(tokens.jwks("ES256")).keys}, sign(payload, header=head), NOW
     )
     if isinstance(found, Refusal):
         assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, None)

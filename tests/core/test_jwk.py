@@ -23,13 +23,13 @@ OTHER = tokens.jwk("ES384")  # stands in a set beside the entry under test, so t
 
 
 def parse(*entries: Any) -> tuple[Key, ...]:
-    return parse_jwks(json.dumps({"keys": entries}).encode())
+    return parse_jwks(json.dumps({"keys": entries}).encode()).keys
 
 
 def outcome_of(data: bytes) -> tuple[Key, ...] | str:
     """The keys, or the message of the ValueError."""
     try:
-        return parse_jwks(data)
+        return parse_jwks(data).keys
     except ValueError as e:
         return str(e)
 
@@ -187,7 +187,7 @@ def test_refuses_a_real_private_key_without_telling_it() -> None:
 )
 def test_refuses_what_is_no_key_set(name: str, data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_jwks(data)
+        parse_jwks(data).keys
 
 
 def test_takes_as_many_keys_as_it_says() -> None:
@@ -279,7 +279,7 @@ def test_a_key_as_text_is_the_same_key(alg: str) -> None:
     """Its name, even a hostile one, what it may verify, and what it verifies with."""
     kid = "\ud800\n" if alg == "ES256" else None
     published = {} if alg == "HS256" else {"keys": [tokens.jwk(alg, kid=kid)]}
-    found = secret_key(bytes(range(40))) if alg == "HS256" else parse_jwks(json.dumps(published).encode())[0]
+    found = secret_key(bytes(range(40))) if alg == "HS256" else parse_jwks(json.dumps(published).encode()).keys[0]
     again = key_of_text(key_text(found))
     assert key_text(found).isascii()
     assert (again.kid, again.algorithms) == (found.kid, found.algorithms)

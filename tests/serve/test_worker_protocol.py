@@ -194,7 +194,7 @@ def policy_text(directory: Path) -> frames.PolicyText:
 
 def install(order: int, *names: str, epoch: int = 1, grants: bool = False) -> frames.Install:
     """An epoch with the ES256 keys of `names`."""
-    keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)))
+    keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)).keys)
     return frames.Install(order, epoch, DIGEST, {tokens.ISSUER: keys}, f"lease-{epoch}", grants)
 
 

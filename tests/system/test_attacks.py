@@ -155,7 +155,7 @@ def test_large_decisions_and_tokens_take_the_room_of_many(tmp_path: Path) -> Non
     experts = "".join(f"  {n}: {{tier: low, endpoints: ['127.0.0.1:1']}}\n" for n in names)
     policy = asks.load_policy(tmp_path, ("experts:\n", f"experts:\n{experts}"))
     snapshot = CacheSizes(tokens=64, decisions=64).snapshot(
-        policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256"))}, 1
+        policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256")).keys}, 1
     )
     for order in itertools.islice(itertools.permutations(names), 200):
         made = check(snapshot, Request("GET", "/x", {"x-expert-names": ",".join(order)}), time.time())
