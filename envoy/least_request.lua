@@ -26,7 +26,7 @@ local random = math.random
 local cached, count = {}, 0
 
 local function candidate(text)
-  local name, rest = text:match("^([a-z0-9][a-z0-9-]*)(.*)$")
+  local name, rest = text:match("^([a-z0-9][a-z0-9-]*%.%x+)(.*)$")
   if not name then
     return nil
   end

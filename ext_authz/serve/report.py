@@ -72,6 +72,8 @@ class Report:
         yield from total.tally().families()
         yield from _policy(self.control.status)
         yield gauge("srp_envoy_connected", "Envoys connected to ADS.", self.ads.connected)
+        refused = float(self.ads.last_error is not None)
+        yield gauge("srp_envoy_refused", "1 while Envoy's last answer to new clusters is a refusal.", refused)
         yield from _keys(self.keys.status())
         yield from _caches(total)
         yield gauge("srp_workers", "Processes that take checks.", 1 + self.workers.serving)

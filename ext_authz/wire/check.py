@@ -176,7 +176,7 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
-    targets = [f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts]
+    targets = [f"{policy.envoy_clusters[e.name]};w={e.weight};m={e.traffic.max_requests}" for e in experts]
     for i in range(len(decision.serve), len(targets)):
         targets[i] += ";s"  # standby
     upstream = {
