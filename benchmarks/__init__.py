@@ -1,1 +1,1 @@
-"""What SRP costs and how well it balances, measured. Run one from the repository's root: `python -m benchmarks.check`."""
+"""Measure what SRP costs and how well it balances. Run one from the repository root: `python -m benchmarks.check`."""

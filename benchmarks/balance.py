@@ -1,21 +1,21 @@
-"""How well the idlest permitted expert does: SRP beside other ways to balance, and beside what is possible at all.
+"""How well it works to pick the idlest permitted expert: SRP against other load balancing policies and the ideal.
 
     .venv/bin/python -m benchmarks.balance [--seconds 20] [--rounds 3] [--stretch 3]
 
-Three unequal experts (8, 8 and 16 requests at a time; exponential service times) get Poisson arrivals at 70 % and 90 %
-of what they can serve together, open-loop: nobody waits for an answer before sending the next request. Every policy gets
-the same arrivals and the same work in each request, one policy after the other, round after round, through one Envoy
-with two worker threads:
+Three unequal experts (8, 8 and 16 concurrent requests; exponential service times) get Poisson arrivals at 70 % and 90 %
+of their total capacity. The load is open-loop: no client waits for a response before sending the next request. Every
+policy gets the same arrivals and the same work per request, one policy after the other, round after round, through one
+Envoy with two worker threads:
 
     srp          the whole proxy: ext_authz and the route script; weights 8, 8, 16
-    round robin, random, two choices    Envoy's own, on one cluster of three endpoints; no ext_authz
-    ideal        not run but reckoned: SRP's rule with perfect knowledge, no network and no proxy
+    round robin, random, two choices    Envoy's own policies, on one cluster of three endpoints; no ext_authz
+    ideal        only simulated: SRP's rule with perfect knowledge, no network and no proxy
 
-A latency is from when a request was due to the end of its answer; the first fifth of each round is left out. `choices`
-is the mean that the same choices of expert give when the network, the proxy and a busy machine take no time;
-`simulated` is the same policy, not run but reckoned. Prints the medians over the rounds, writes
-benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png. At last it reckons what other
-weights would give.
+A latency is the time from when a request is due to the end of its response. The first fifth of each round is left out.
+`choices` is the mean latency that the same choices of expert would give if the network, the proxy and a busy machine
+took no time; `simulated` is the mean latency of the simulated policy. Prints the medians over the rounds, writes
+benchmarks/results/balance.json and, with matplotlib (extra `bench`), docs/balance.png. Finally, it simulates other
+weights.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ RESULTS = ROOT / "benchmarks/results/balance.json"
 PLOT = ROOT / "docs/balance.png"
 LOADS = (0.7, 0.9)
 WARM_UP = 0.2  # of a round
-IDEAL_SEEDS = 5  # ties are broken at random: the ideal is a mean over so many runs
+IDEAL_SEEDS = 5  # simulations to average over, as ties are broken at random
 WEIGHT_SEEDS = 20
 UNLIMITED = 1_000_000
 
-FAILED = ""  # in the place of an expert
-Served = list[tuple[float, str]]  # seconds and expert
+FAILED = ""  # instead of an expert's name
+Served = list[tuple[float, str]]  # latency in seconds, and expert
 
 
 @dataclass(frozen=True)
 class Case:
-    """Experts, and what their service times were multiplied by."""
+    """Experts, and the factor by which their service times are multiplied."""
 
     name: str
     title: str
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Way:
-    """A policy: how it is simulated, and its `lb_policy` in Envoy (None: SRP; no `path`: only simulated)."""
+    """A policy: the rule to simulate, and its `lb_policy` in Envoy (None: SRP). Without a `path` it is only simulated."""
 
     name: str
     rule: Callable[[], queues.Policy]
@@ -114,8 +114,8 @@ def policy_text(ports: Mapping[str, Sequence[int]], case: Case) -> str:
     return json.dumps({"version": 1, "tiers": ["low"], "anonymous": "low", "experts": experts, "gate": gate})
 
 
-def beside(text: str, port: int, endpoints: Sequence[int]) -> str:
-    """Envoy's configuration with a second listener, whose routes balance in Envoy's own ways."""
+def with_native(text: str, port: int, endpoints: Sequence[int]) -> str:
+    """Envoy's configuration with a second listener, whose routes use Envoy's own load balancing policies."""
     config = yaml.safe_load(text)
     routes = []
     for way in WAYS:
@@ -134,13 +134,13 @@ def beside(text: str, port: int, endpoints: Sequence[int]) -> str:
     router = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
     manager = {
         "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "beside",
+        "stat_prefix": "native",
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {"@type": router}}],
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
     config["static_resources"]["listeners"].append(
-        {"name": "beside", "address": _address(port), "filter_chains": [chain]}
+        {"name": "native", "address": _address(port), "filter_chains": [chain]}
     )
     return yaml.safe_dump(config, sort_keys=False)
 
@@ -151,7 +151,7 @@ def _address(port: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(case: Case) -> Iterator[tuple[System, int]]:
-    """The system, and the port of the listener beside it."""
+    """The system, and the port of its second listener."""
     (port,) = free_ports(1)
     ports: dict[str, list[int]] = {}
 
@@ -164,7 +164,7 @@ def running(case: Case) -> Iterator[tuple[System, int]]:
         {e.name: 1 for e in case.experts},
         expert_command=(sys.executable, "-m", "benchmarks.expert"),
         expert_flags={e.name: ("--slots", str(e.slots), "--mean", str(e.mean)) for e in case.experts},
-        envoy_config=lambda text: beside(text, port, [ports[e.name][0] for e in case.experts]),
+        envoy_config=lambda text: with_native(text, port, [ports[e.name][0] for e in case.experts]),
     ) as it:
         for e in case.experts:  # all three, not only one
             wait_for(lambda e=e: it.send(experts=[e.name], headers=[("x-work", "0")]).status == 200, e.name, it)
@@ -175,7 +175,7 @@ def running(case: Case) -> Iterator[tuple[System, int]]:
 
 
 async def play(url: str, names: Sequence[str], trace: Trace) -> Served:
-    """Send every request of the trace when it is due. In the trace's order."""
+    """Send every request of the trace when it is due. The result is in the trace's order."""
     body = json.dumps({"token_id": 101, "expert_names": names}).encode()
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
     timeout = aiohttp.ClientTimeout(total=None)
@@ -201,7 +201,7 @@ async def play(url: str, names: Sequence[str], trace: Trace) -> Served:
 
 
 def busy_share(before: Sequence[int]) -> float:
-    """The part of the machine's processors' time since `before` (of `cpu_times`) that was not idle."""
+    """The fraction of the machine's CPU time since `before` (from `cpu_times`) that was not idle."""
     spent = [b - a for a, b in zip(before, cpu_times(), strict=True)]
     return 1 - (spent[3] + spent[4]) / sum(spent)
 
@@ -210,15 +210,16 @@ def cpu_times() -> list[int]:
     return [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
-# ---- what it comes to ----
+# ---- the results ----
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One policy in one round, warm-up left out. Seconds; `cpu` is the part of the machine that was busy.
+    """One policy in one round, without the warm-up. Times are in seconds; `cpu` is the busy fraction of the machine.
 
-    Requests that failed are counted, and left out of all else. `choices` is what the mean would have been if every request had come to its expert the instant it was due: what the
-    policy's choices are worth, whatever the network, the proxy and a busy machine add.
+    Failed requests are counted in `failed` and left out of everything else. `choices` is the mean latency if every
+    request had reached its expert the moment it was due: the quality of the policy's choices, without the delays of the
+    network, the proxy and a busy machine.
     """
 
     latencies: Sequence[float]
@@ -257,29 +258,29 @@ def simulated(case: Case, trace: Trace, way: Way) -> Sample:
 def measure(case: Case, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
     """For each load and policy: the medians over the rounds, and the ratios to the ideal of the same round."""
     names = [e.name for e in case.experts]
-    with running(case) as (it, beside_port):
+    with running(case) as (it, native_port):
         for load in LOADS:
             measured: dict[str, list[Sample]] = {w.name: [] for w in WAYS}
-            reckoned: dict[str, list[Sample]] = {w.name: [] for w in WAYS}
+            modelled: dict[str, list[Sample]] = {w.name: [] for w in WAYS}
             for number in range(rounds):
                 trace = Trace.poisson(case.rate * load, seconds, seed=number)
                 for way in WAYS:
-                    reckoned[way.name].append(simulated(case, trace, way))
+                    modelled[way.name].append(simulated(case, trace, way))
                     if not way.path:
                         continue
-                    url = f"http://{HOST}:{it.port if way.lb is None else beside_port}{way.path}"
+                    url = f"http://{HOST}:{it.port if way.lb is None else native_port}{way.path}"
                     before = cpu_times()
                     served = asyncio.run(play(url, names, trace))
                     measured[way.name].append(Sample.of(served, case, trace, busy_share(before)))
                     print(f"  {case.name} {load:.0%} round {number + 1}: {way.name}", file=sys.stderr)
                     time.sleep(1)
-            ideal = reckoned["ideal"]
+            ideal = modelled["ideal"]
             for way in WAYS:
-                yield summary(case, load, way, measured[way.name] or reckoned[way.name], reckoned[way.name], ideal)
+                yield summary(case, load, way, measured[way.name] or modelled[way.name], modelled[way.name], ideal)
 
 
 def summary(
-    case: Case, load: float, way: Way, samples: Sequence[Sample], reckoned: Sequence[Sample], ideal: Sequence[Sample]
+    case: Case, load: float, way: Way, samples: Sequence[Sample], modelled: Sequence[Sample], ideal: Sequence[Sample]
 ) -> dict[str, Any]:
     def median(values: Iterable[float]) -> float:
         return round(statistics.median(values), 4)
@@ -297,7 +298,7 @@ def summary(
         "of_ideal": median(s.mean / i.mean for s, i in zip(samples, ideal, strict=True)),
         "choices_mean_ms": median(s.choices * 1e3 for s in samples),
         "choices_of_ideal": median(s.choices / i.mean for s, i in zip(samples, ideal, strict=True)),
-        "simulated_mean_ms": median(s.mean * 1e3 for s in reckoned),
+        "simulated_mean_ms": median(s.mean * 1e3 for s in modelled),
         "cpu": median(s.cpu for s in samples),
         "failed": sum(s.failed for s in samples),
         "quantiles_ms": [[q, round(median(s.quantile(q) * 1e3 for s in samples), 1)] for q in percents],
@@ -309,7 +310,7 @@ def table(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case]) -> str:
     for case in all_cases:
         for load in LOADS:
             lines.append(
-                f"\n{case.title} times {case.factor:g}, at {load:.0%} of {case.rate:.0f} requests a second\n"
+                f"\n{case.title} times {case.factor:g}, at {load:.0%} of {case.rate:.0f} requests per second\n"
                 f"{'policy':20} {'mean ms':>9} {'p50 ms':>9} {'p99 ms':>9} {'of ideal':>9}   {'A / B / C':15}"
                 f" {'choices':>9} {'simulated':>9} {'CPU':>5} {'failed':>6}"
             )
@@ -324,14 +325,14 @@ def table(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case]) -> str:
 
 
 def weights_table(all_cases: Sequence[Case], seconds: float) -> str:
-    """The mean under SRP's rule by what the weights say. Reckoned, the same arrivals for each."""
+    """The simulated mean latency under SRP's rule for different weights, each with the same arrivals."""
     kinds: dict[str, Callable[[Kind], float]] = {
         "slots": lambda e: e.slots,
         "rate": lambda e: e.rate,
         "sqrt(slots x rate)": lambda e: (e.slots * e.rate) ** 0.5,
-        "all the same": lambda _: 1,
+        "all equal": lambda _: 1,
     }
-    lines = ["\nmean ms by the weights, reckoned", f"{'weights':20}"]
+    lines = ["\nsimulated mean ms by weights", f"{'weights':20}"]
     lines[1] += "".join(f"{f'{case.name} {load:.0%}':>12}" for case in all_cases for load in LOADS)
     for name, weight in kinds.items():
         line = f"{name:20}"
@@ -348,7 +349,7 @@ def weights_table(all_cases: Sequence[Case], seconds: float) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case], path: Path) -> None:
-    """Two panels, one a case, at the highest load: the part of the requests that took longer than x."""
+    """One panel per case, at the highest load: the fraction of requests that took longer than x."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -374,22 +375,22 @@ def plot(rows: Sequence[Mapping[str, Any]], all_cases: Sequence[Case], path: Pat
         panel.set_title(f"service {case.title}, times {case.factor:g}; load {LOADS[-1]:.0%}", fontsize=10)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower left")
-    panels[0].set_ylabel("part of the requests that took longer")
+    panels[0].set_ylabel("fraction of requests that took longer")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20, help="of arrivals in each round (default: 20)")
+    parser.add_argument("--seconds", type=float, default=20, help="length of a round's arrivals (default: 20)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument(
         "--stretch",
         type=float,
         default=3,
-        help="multiplies the short service times: less work for the CPU (default: 3)",
+        help="multiply the short service times, for less CPU load (default: 3)",
     )
-    parser.add_argument("--plot-only", action="store_true", help="draw the plot of the last results again")
+    parser.add_argument("--plot-only", action="store_true", help="redraw the plot from the last results")
     args = parser.parse_args()
     if args.plot_only:
         found = json.loads(RESULTS.read_text())

@@ -1,4 +1,4 @@
-"""Who calls in a benchmark, and under which policy: keys made anew for each run, tokens really signed."""
+"""The callers of the benchmarks and their policy. Keys are new for each run, and tokens are really signed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def jwks() -> dict[str, Any]:
 
 @cache
 def token(alg: str, subject: str = "caller") -> str:
-    """A premium caller's token of a usual size."""
+    """A premium caller's token of a typical size."""
     now = int(time.time())
     claims = {
         "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + LIFETIME, "jti": f"{alg}-{subject}",
@@ -49,7 +49,7 @@ def token(alg: str, subject: str = "caller") -> str:
 
 
 def policy(endpoint: str, lease: str = "0s") -> str:
-    """The text of a policy whose four experts all answer at `endpoint`. Needs `jwks.json` beside it. JSON is YAML."""
+    """A policy with four experts, all at `endpoint`. It needs `jwks.json` in its folder. JSON is also YAML."""
     expert = {"endpoints": [endpoint], "health": False}
     return json.dumps(
         {
@@ -86,7 +86,7 @@ def request(names: str, bearer: str | None = None, body: bool = False) -> bytes:
 
 
 def check_request(headers: dict[str, str], method: str = "GET", path: str = "/", body: bytes = b"") -> bytes:
-    """A CheckRequest as Envoy would send it for such a request."""
+    """The CheckRequest that Envoy would send for such a request."""
     request = _Request()
     http = request.attributes.request.http
     http.method, http.path, http.raw_body = method, path, body

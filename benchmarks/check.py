@@ -1,9 +1,9 @@
-"""What a Check costs: SRP beside an empty gRPC server, beside Envoy's own filters and beside no filter at all.
+"""What a Check costs: SRP compared with an empty gRPC server, with Envoy's own filters and with no filter at all.
 
-A round starts everything on loopback, runs the variants in turn, a second each, there and back again, and stops
-everything: a process may be a tenth slower than the next of its kind, all its life. Each variant has an Envoy (one
+A round starts everything on loopback, runs the variants for a second each, in alternating order, and stops everything:
+one process may be a tenth slower than another of its kind for as long as it lives. Each variant has its own Envoy (one
 worker thread) with the same configuration; all forward to the same upstream. Prints a table of medians over the rounds.
-A ratio is the median of the rounds' own ratios: what slows the machine down hits both sides.
+Each ratio is the median of the ratios of the rounds, so that a slow machine affects both sides.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from ext_authz.core.model import Identity, Request
 from ext_authz.policyfile.parse import parse_policy
 from ext_authz.wire import check as wire
 
-SMALL_CACHE = 1000  # tokens that the server for new tokens remembers
-NEW_TOKENS = 2500  # in turn: each is long forgotten when its turn comes again
+SMALL_CACHE = 1000  # entries in the caches of the server for new tokens
+NEW_TOKENS = 2500  # sent in turn: each is evicted long before it is sent again
 CALLERS = 10_000
 CONNECTIONS = (1, 32, 256)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """`server` is the socket asked (None: no server), `requests` what is sent, `refused` whether 4xx is the answer."""
+    """`server` is the server's socket (None: no server), `requests` what to send, `refused` whether to expect a 4xx."""
 
     name: str
     what: str
     server: str | None
     requests: Callable[[], Sequence[bytes]]
     refused: bool = False
-    beside: str = "floor"  # the variant that it is compared with
+    baseline: str = "floor"  # the variant to compare it with
 
 
 def hot() -> list[bytes]:
@@ -68,7 +68,7 @@ VARIANTS = (
     Variant("floor-batch", "empty gRPC server, SCHED_BATCH", "floor-batch", hot),
     Variant("hot", "one token, header gate", "srp", hot),
     Variant("callers", "10,000 callers", "srp", many),
-    Variant("body", "one token, body gate", "srp", body, beside="floor-body"),
+    Variant("body", "one token, body gate", "srp", body, baseline="floor-body"),
     Variant("denied", "denied: tier too low", "srp", lambda: [callers.request("D")], refused=True),
     Variant("downgraded", "downgraded", "srp", lambda: [callers.request("C")]),
     Variant("rs256", "new RS256 token each time", "forgetful", new("RS256")),
@@ -78,14 +78,14 @@ VARIANTS = (
     Variant("log", "one token, decision log", "log", hot),
 )
 
-Sample = dict[str, float]  # by name; `_ms` and `_us` are units, the latter of CPU time for each request
+Sample = dict[str, float]  # by name; `_ms` and `_us` are units, `_us` of CPU time per request
 
 
 class Bench:
-    """Everything that runs; stopped when `stack` closes.
+    """All running processes. They stop when `stack` closes.
 
-    `apart`: the servers have a core of their own. Their CPU time would else hold what Envoy and the load generator take
-    of the processor's caches.
+    `apart`: the servers get their own core. Otherwise their CPU time would include what Envoy and the load generator
+    cost them by sharing the processor's caches.
     """
 
     def __init__(self, variants: Sequence[Variant], directory: Path, stack: ExitStack, apart: bool = True) -> None:
@@ -97,7 +97,7 @@ class Bench:
             os.sched_setaffinity(0, others)
         (self.admin,) = parts.free_ports(1)
         self.starts: dict[str, int] = {}
-        self.different: dict[str, int] = {}
+        self.distinct: dict[str, int] = {}
         self.servers: dict[str, parts.Process] = {}
         self.envoys: dict[str, parts.Process] = {}
         upstream, *ports = parts.free_ports(1 + len(variants))
@@ -111,7 +111,7 @@ class Bench:
             self._start_envoy(v)
 
     def run(self, variant: Variant, connections: int) -> Sample:
-        """What a second gives."""
+        """The measurements of one second."""
         server = self.servers.get(variant.server or "")
         envoy = self.envoys[variant.name]
         before = envoy.cpu(), server.cpu() if server else 0.0
@@ -138,15 +138,15 @@ class Bench:
         }
 
     def _leased(self, variant: Variant) -> tuple[int, int]:
-        """Hits and misses so far."""
+        """Lease hits and misses so far."""
         if variant.server != "leased":
             return 0, 0
         counts = parts.lease_counts(self.admin)
         return counts.hits, counts.misses
 
     def warm(self, variant: Variant) -> None:
-        """Send every request twice: what can be remembered is remembered now."""
-        while self.starts.get(variant.name, 0) < 2 * self.different[variant.name]:
+        """Send every request twice, which fills the caches."""
+        while self.starts.get(variant.name, 0) < 2 * self.distinct[variant.name]:
             self.run(variant, 32)
 
     def _own(self, process: parts.Process) -> parts.Process:
@@ -172,7 +172,7 @@ class Bench:
         return parts.serve(self.directory, name, *flags, policy=policy, cores=self._cores)
 
     def _answer(self) -> bytes:
-        """What SRP answers to the hot token."""
+        """The CheckResponse of SRP to a `hot` request."""
         path = self.directory / "policy.yaml"
         policy = parse_policy(path.read_bytes(), str(path), self.directory)
         caller = Identity(1, "caller", callers.ISSUER)
@@ -180,7 +180,7 @@ class Bench:
 
     def _start_envoy(self, v: Variant) -> None:
         requests = v.requests()
-        self.different[v.name] = len(requests)
+        self.distinct[v.name] = len(requests)
         (self.directory / f"{v.name}.requests").write_bytes(b"".join(r + b"\0" for r in requests))
         filters = None if v.server else parts.native() if v.name == "native" else []
         control, admin = ("leased", self.admin) if v.server == "leased" else ("srp", None)
@@ -191,14 +191,14 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3, help="of each variant in a round (default: 3)")
+    parser.add_argument("--seconds", type=int, default=3, help="seconds per variant in a round (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--quick", action="store_true", help="two rounds of a second: a look, not a measurement")
-    parser.add_argument("--only", metavar="NAMES", help=f"some of the variants: {','.join(v.name for v in VARIANTS)}")
+    parser.add_argument("--quick", action="store_true", help="two rounds of one second: not a measurement")
+    parser.add_argument("--only", metavar="NAMES", help=f"only these variants, of {','.join(v.name for v in VARIANTS)}")
     parser.add_argument(
         "--connections", metavar="N,N", default=",".join(map(str, CONNECTIONS)), help="default: 1,32,256"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.png too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write FILE.json and FILE.png")
     args = parser.parse_args()
     rounds, seconds = (2, 1) if args.quick else (args.rounds, args.seconds)
     connections = [int(n) for n in args.connections.split(",")]
@@ -227,7 +227,7 @@ def main() -> int:
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
-    """The seconds of one variant as one measurement; its percentiles are the medians of theirs."""
+    """The seconds of one variant as one measurement. Each percentile is the median over the seconds."""
     total = {key: sum(s[key] for s in samples) for key in samples[0]}
     n = total["requests"]
     return {
@@ -243,7 +243,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
 
 
 def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connections: int) -> str:
-    """One table: medians, and the CPU's ratio to the floor with its lowest and highest round."""
+    """One table: medians, and the ratio of CPU time to the baseline, with its lowest and highest round."""
     lines = [
         "",
         f"{connections} connection{'s' if connections > 1 else ''}",
@@ -255,7 +255,7 @@ def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connect
         rps, p50, p99, envoy, cpu = (
             statistics.median(s[key] for s in mine) for key in ("rps", "p50_ms", "p99_ms", "envoy_us", "cpu_us")
         )
-        ratios = [s["cpu_us"] / f["cpu_us"] for s, f in zip(mine, samples.get(v.beside, []), strict=False)]
+        ratios = [s["cpu_us"] / f["cpu_us"] for s, f in zip(mine, samples.get(v.baseline, []), strict=False)]
         end = "| | | |"
         if v.server:
             end = f"| {cpu:.0f} "
@@ -270,23 +270,23 @@ def table(variants: Sequence[Variant], samples: dict[str, list[Sample]], connect
 
 
 def plot(variants: Sequence[Variant], samples: dict[str, dict[int, list[Sample]]], file: Path) -> None:
-    """CPU of the server per Check, as a bar for each variant."""
+    """The server's CPU time per Check, one bar per variant."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed (pip install 'secure-routing-proxy[bench]')", file=sys.stderr)
         return
-    asked = [v for v in variants if v.server]
+    served = [v for v in variants if v.server]
     connections = list(next(iter(samples.values())))
-    figure = Figure(figsize=(9, 0.4 * len(asked) * len(connections) ** 0.5 + 1.5), layout="constrained")
+    figure = Figure(figsize=(9, 0.4 * len(served) * len(connections) ** 0.5 + 1.5), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(connections)
     for i, c in enumerate(connections):
-        values = [statistics.median(s["cpu_us"] for s in samples[v.name][c]) for v in asked]
-        axes.barh([n + i * height for n in range(len(asked))], values, height, label=f"{c} connections")
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(asked))], [v.what for v in asked])
+        values = [statistics.median(s["cpu_us"] for s in samples[v.name][c]) for v in served]
+        axes.barh([n + i * height for n in range(len(served))], values, height, label=f"{c} connections")
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(served))], [v.what for v in served])
     axes.invert_yaxis()
-    axes.set_xlabel("CPU of the server per Check, µs")
+    axes.set_xlabel("server CPU time per Check, µs")
     axes.legend()
     figure.savefig(file, dpi=120)
 

@@ -1,6 +1,6 @@
-"""An expert for balance.py: it takes what the request's `x-work` says, times its mean, and reckons its queue exactly.
+"""An expert for balance.py. A request takes its `x-work` times the expert's mean, in an exactly computed queue.
 
-Slots are freed at the reckoned time, not when this process wakes up, so that a late timer does not eat its capacity.
+Slots become free at the computed time, not when this process wakes up, so that late timers do not reduce its capacity.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, required=True, help="seconds")
     args = parser.parse_args()
     app = make_app(args.name, args.slots, args.mean)
-    # A connection is not closed between two rounds: a request might be on its way.
+    # Keep connections open between rounds: closing one could lose a request in flight.
     web.run_app(app, host="127.0.0.1", port=args.port, access_log=None, print=None, keepalive_timeout=7200)
 
 

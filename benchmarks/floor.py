@@ -1,4 +1,4 @@
-"""The floor: an empty grpc.aio server on uvloop. It reads nothing and answers every Check with the same bytes."""
+"""The floor: an empty grpc.aio server on uvloop. It parses nothing and answers every Check with the same bytes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ async def serve(path: str, answer: bytes) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("socket", help="where to listen: the path of a Unix socket")
-    parser.add_argument("answer", type=Path, help="a file with a serialised CheckResponse")
-    parser.add_argument("--batch", action="store_true", help="scheduled as SRP is: SCHED_BATCH")
+    parser.add_argument("socket", help="path of the Unix socket to listen on")
+    parser.add_argument("answer", type=Path, help="file with a serialised CheckResponse")
+    parser.add_argument("--batch", action="store_true", help="use the scheduling policy of SRP, SCHED_BATCH")
     args = parser.parse_args()
     if args.batch:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,8 +1,8 @@
-"""The memory of leases: distinct callers, each with a token of its own, through one Envoy of one worker thread.
+"""The memory use of leases: distinct callers, each with its own token, through one Envoy with one worker thread.
 
 Every caller is new, so every request is a miss and a store: the tables fill up, and then turn over for the rest of the
-run. Prints what Envoy holds on the way, what a lease takes, and ends with 1 if Envoy has grown by more than a tenth
-since its tables had turned over twice. A million callers take some ten minutes.
+run. Prints Envoy's memory along the way and the memory per lease. Exits with 1 if Envoy has grown by more than a tenth
+since its tables turned over twice. A million callers take about ten minutes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pathlib import Path
 from benchmarks import callers, parts
 
 CONNECTIONS = 32
-BATCH = 50  # requests that a connection is sent at once
-SAMPLES = 20  # on the way
-GROWTH = 1.1  # of Envoy's memory, from full tables on
+BATCH = 50  # requests sent at once on a connection
+SAMPLES = 20  # samples during the run, about
+GROWTH = 1.1  # allowed growth of Envoy's memory after its tables are full, as a factor
 _SECRET = b"a secret of the benchmark's, of 32 bytes or more"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Sizes in bytes. `allocated` is what Envoy's own allocator tells, which the script's tables are no part of."""
+    """Sizes in bytes. `allocated` is as reported by Envoy's allocator, which does not include the script's tables."""
 
     callers: int
     allocated: int
@@ -44,7 +44,7 @@ class Sample:
 
 
 class Bench:
-    """Everything that runs; stopped when `stack` closes."""
+    """All running processes. They stop when `stack` closes."""
 
     def __init__(self, directory: Path, entries: int, stack: ExitStack) -> None:
         upstream, self.port, self.admin = parts.free_ports(3)
@@ -65,7 +65,7 @@ class Bench:
         )  # fmt: skip
 
     async def send(self, first: int, last: int) -> None:
-        """One request of each of the callers with these numbers, on CONNECTIONS connections."""
+        """Send one request from each caller from number `first` to before `last`, on CONNECTIONS connections."""
         batches = iter(range(first, last, BATCH))
 
         async def client() -> None:
@@ -81,7 +81,7 @@ class Bench:
 
 
 async def answers(reader: asyncio.StreamReader, n: int) -> None:
-    """Read `n` answers; RuntimeError if one is not a 200."""
+    """Read `n` responses. RuntimeError if one is not a 200."""
     for _ in range(n):
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
@@ -99,7 +99,7 @@ _EXPIRES = int(time.time()) + callers.LIFETIME
 
 
 def token(number: int) -> str:
-    """A caller's token, of a usual size and signed by HS256."""
+    """A caller's token, of a typical size and signed with HS256."""
     claims = {
         "iss": callers.ISSUER, "aud": callers.AUDIENCE, "sub": f"caller-{number:07}", "exp": _EXPIRES,
         "plan": "premium", "org": "acme", "scope": "experts.read experts.call", "jti": f"{number:032x}",
@@ -110,17 +110,17 @@ def token(number: int) -> str:
 
 
 def policy(endpoint: str) -> str:
-    """The benchmarks' policy with leases, and with one issuer that shares a secret with us."""
-    made = json.loads(callers.policy(endpoint, lease="10m"))
-    made["issuers"] = [
+    """The benchmarks' policy with leases, and with one issuer that uses a shared secret."""
+    document = json.loads(callers.policy(endpoint, lease="10m"))
+    document["issuers"] = [
         {"issuer": callers.ISSUER, "audiences": [callers.AUDIENCE], "algorithms": ["HS256"], "secret_file": "secret"}
     ]
-    return json.dumps(made)
+    return json.dumps(document)
 
 
 def run(bench: Bench, total: int, full: int) -> Iterator[Sample]:
-    """A sample at the start, one when the tables have turned over twice, and the others evenly on the way."""
-    asyncio.run(bench.send(0, 1000))  # what Envoy needs for requests at all
+    """A sample at the start, one when the tables have turned over twice, and then more at even intervals."""
+    asyncio.run(bench.send(0, 1000))  # so that the first sample includes what Envoy allocates for any requests
     yield bench.sample(1000)
     at = sorted({full, *range(full, total, max(total // SAMPLES, 1)), total})
     began, sent = time.monotonic(), 1000
@@ -134,7 +134,7 @@ def run(bench: Bench, total: int, full: int) -> Iterator[Sample]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--callers", type=int, default=1_000_000, help="default: 1000000")
-    parser.add_argument("--entries", type=int, default=4096, help="as `srp serve --lease-entries` (default: 4096)")
+    parser.add_argument("--entries", type=int, default=4096, help="value of --lease-entries (default: 4096)")
     args = parser.parse_args()
     full = 4 * args.entries
     if args.callers <= full:
@@ -145,10 +145,10 @@ def main() -> int:
     print(table(samples))
     start, warm, *later = samples
     print(
-        f"\na lease takes {(warm.rss - start.rss) / (2 * args.entries) / 1024:.1f} KiB, its share of garbage included"
+        f"\na lease takes {(warm.rss - start.rss) / (2 * args.entries) / 1024:.1f} KiB, including its share of garbage"
     )
     grown = max(s.rss for s in later) / warm.rss
-    print(f"Envoy at its largest: {grown:.3f} times what it was when its tables had turned over twice")
+    print(f"Envoy at its largest: {grown:.3f} times its size after its tables turned over twice")
     return int(grown > GROWTH)
 
 

@@ -1,6 +1,6 @@
--- wrk -s load.lua URL -- FILE START [PAUSE]: sends the requests in FILE (each ended by a NUL) in turn, from number START
--- on, and prints one JSON line. With PAUSE each connection waits before each request, so many milliseconds on average,
--- exponentially distributed: many connections together make a Poisson stream.
+-- wrk -s load.lua URL -- FILE START [PAUSE]: sends the requests in FILE (each ends with a NUL) in turn, starting with
+-- number START, and prints one line of JSON. With PAUSE, each connection waits before each request, for an exponentially
+-- distributed time with a mean of PAUSE milliseconds: many connections together make a Poisson stream.
 
 local requests, at = {}, 0
 

@@ -1,7 +1,7 @@
-"""What becomes of too many requests at once: answers, refusals and how long either takes, behind one Envoy.
+"""What happens under overload: answers, refusals and latencies behind one Envoy.
 
-wrk keeps as many requests in flight as it has connections (a closed loop). Capacity is what 32 of them get; twice the
-limit is an overload that no client waits out. New RS256 tokens make each check as dear as it gets.
+wrk keeps one request in flight per connection (a closed loop). The throughput with 32 connections is the capacity; with
+twice the limit, the excess is refused. Each check verifies a new RS256 token, the most expensive case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of a benchmark: processes and their CPU time, Envoy's configuration, the load generator."""
+"""Building blocks of the benchmarks: processes and their CPU time, Envoy's configuration, the load generator."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ext_authz.wire.bootstrap import bootstrap, envoy_file
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy") or "envoy"
-TARGETS = "expert-a;w=1;m=1024,expert-b;w=1;m=1024"  # what the decision on a hot token's request sets
+TARGETS = "expert-a;w=1;m=1024,expert-b;w=1;m=1024"  # as set by the decision on a `hot` request
 
 _TICK = os.sysconf("SC_CLK_TCK")
 Json = dict[str, Any]
 
 
 class Process:
-    """A child process, its log in `directory`; stopped by `stop`. `cores`: where it may run, if not where we may."""
+    """A child process with its log in `directory`. `cores` are the CPU cores it may use; empty: those of this one."""
 
     def __init__(
         self, command: Sequence[str | Path], directory: Path, name: str, cores: frozenset[int] = frozenset()
@@ -49,7 +49,7 @@ class Process:
         self.pid = self._process.pid
 
     def cpu(self) -> float:
-        """CPU seconds used so far, in user mode and in the kernel, by all threads."""
+        """CPU seconds used so far by all threads, in user mode and in the kernel."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
@@ -58,7 +58,7 @@ class Process:
         return rss(self.pid)
 
     def wait_for(self, ready: Callable[[], bool], seconds: float = 20) -> None:
-        """Until `ready()`; RuntimeError, with the log's end, if the process ends or the time runs out before."""
+        """Wait until `ready()`. RuntimeError, with the end of the log, if the process ends or time runs out first."""
         deadline = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < deadline:
             with suppress(OSError):
@@ -76,14 +76,14 @@ class Process:
 
 
 def part_cores() -> tuple[frozenset[int], frozenset[int]]:
-    """A core for servers and the other cores for all else; all of them twice if there is only one."""
+    """One core for the servers, and the other cores for everything else. With a single core, both share it."""
     cores = sorted(os.sched_getaffinity(0))
     return (frozenset(cores[:1]), frozenset(cores[1:])) if len(cores) > 1 else (frozenset(cores), frozenset(cores))
 
 
 @contextmanager
 def _on(cores: frozenset[int]) -> Iterator[None]:
-    """What starts in here runs there: a child inherits where its parent may run."""
+    """Start child processes on these cores: a child inherits its parent's CPU affinity."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -108,20 +108,20 @@ def serve(
 def floor(
     directory: Path, name: str, answer: bytes, *flags: str | Path, cores: frozenset[int] = frozenset()
 ) -> Process:
-    """The empty server on the socket `directory/name`; every Check gets `answer`."""
+    """The empty server on the socket `directory/name`. It answers every Check with `answer`."""
     (directory / "answer").write_bytes(answer)
     return _server(["-m", "benchmarks.floor", directory / name, directory / "answer", *flags], directory, name, cores)
 
 
 def _server(command: Sequence[str | Path], directory: Path, name: str, cores: frozenset[int]) -> Process:
-    """This Python with that command line, once it listens on the socket `directory/name`."""
+    """Run this Python with `command`, and wait until it listens on the socket `directory/name`."""
     process = Process([sys.executable, *command], directory, f"{name}-srv", cores)
     process.wait_for((directory / name).exists)
     return process
 
 
 def upstream(directory: Path, port: int) -> Process:
-    """The experts: an Envoy of its own that answers every request with 200 and a few bytes."""
+    """The experts: a separate Envoy that answers every request with 200 and a few bytes."""
     route = {"match": {"prefix": "/"}, "direct_response": {"status": 200, "body": {"inline_string": "{}\n"}}}
     manager = {
         "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -146,11 +146,11 @@ def envoy(
     control: str = "srp",
     admin: int | None = None,
 ) -> Process:
-    """Envoy with the project's own configuration, asking the server on the socket `directory/authz`.
+    """Envoy with the project's own configuration and the ext_authz server on the socket `directory/authz`.
 
-    The experts' clusters and the lease filter come from the server on `directory/control`. With `filters`, these stand
-    in the place of that filter and of ext_authz, and every request is for `TARGETS`. `admin` is the port of the admin
-    interface, None: there is none.
+    The experts' clusters and the lease filter come from the server on `directory/control`. If `filters` are given, they
+    replace the lease filter and ext_authz, and every request goes to `TARGETS`. `admin` is the port of the admin
+    interface; None: no admin interface.
     """
     config = yaml.safe_load(
         bootstrap(
@@ -172,7 +172,7 @@ def envoy(
 
 
 def native() -> list[Json]:
-    """Envoy's own filters for a verified token and a claim in it."""
+    """Envoy's own filters that verify a token and require a claim in it."""
     provider = {
         "issuer": ISSUER,
         "audiences": [AUDIENCE],
@@ -196,7 +196,7 @@ def native() -> list[Json]:
 
 
 def load(port: int, requests: Path, start: int, connections: int, seconds: int, pause: int | None = None) -> Json:
-    """One run of wrk: what load.lua prints. In a closed loop, or with pauses of so many milliseconds on average."""
+    """The output of load.lua for one run of wrk: a closed loop, or `pause` milliseconds on average between requests."""
     url = f"http://{HOST}:{port}/"
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", HERE / "load.lua", url, "--", requests, start]
     command += [] if pause is None else [pause]
@@ -206,7 +206,7 @@ def load(port: int, requests: Path, start: int, connections: int, seconds: int, 
 
 
 def lease_counts(admin: int) -> LeaseCounts:
-    """What the Envoy whose admin interface is on that port counts of leases."""
+    """The lease counts of the Envoy with its admin interface on port `admin`."""
     return asyncio.run(lease_counts_.fetch((HOST, admin)))
 
 

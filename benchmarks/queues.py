@@ -1,7 +1,7 @@
-"""The benchmark's world without a network: arrivals, experts as queues, and the policies simulated on them. Pure.
+"""A model of the benchmark without a network: arrivals, experts as queues, and simulated policies. Pure.
 
-An expert has `slots` that each serve one request at a time, in the order of arrival, and a queue without end. Request i
-arrives at `arrivals[i]` seconds and takes `work[i]` times the mean of the expert that gets it.
+An expert has `slots` that each serve one request at a time in order of arrival, and an unbounded queue. Request i
+arrives at `arrivals[i]` seconds and takes `work[i]` times the mean of the expert that serves it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Kind:
-    """One expert: `slots` requests at a time, `mean` seconds each. `slots` is also the weight that SRP is given."""
+    """One expert: `slots` requests at a time, `mean` seconds each. `slots` is also its weight in SRP."""
 
     name: str
     slots: int
@@ -22,13 +22,13 @@ class Kind:
 
     @property
     def rate(self) -> float:
-        """Requests a second that it can serve."""
+        """Requests per second that it can serve."""
         return self.slots / self.mean
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What every policy is given alike."""
+    """The input that all policies share."""
 
     arrivals: Sequence[float]
     work: Sequence[float]
@@ -46,20 +46,20 @@ class Trace:
 
 
 class Slots:
-    """First come, first served on `slots` slots. Only reckons: it is told the time and never waits."""
+    """First come, first served on `slots` slots. Only computes times: `now` is an argument, and nothing waits."""
 
     def __init__(self, slots: int) -> None:
         self._free = [0.0] * slots
         heapify(self._free)
 
     def finish(self, now: float, seconds: float) -> float:
-        """When a request that comes `now` and takes `seconds` is done."""
+        """The time at which a request that arrives `now` and takes `seconds` is done."""
         end = max(now, self._free[0]) + seconds
         heapreplace(self._free, end)
         return end
 
 
-# A policy sees the requests in flight at each expert and names one. It may keep what it likes between calls.
+# A policy gets the number of requests in flight at each expert and picks one. It may keep state between calls.
 Policy = Callable[[Sequence[Kind], Sequence[int], Random], int]
 
 
@@ -69,7 +69,7 @@ def idlest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
 
 
 def weighted(weight: Callable[[Kind], float]) -> Policy:
-    """SRP's rule with other weights than the slots."""
+    """SRP's rule with weights other than the slots."""
 
     def policy(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
         return _least([(n + 1) / weight(e) for e, n in zip(experts, busy, strict=True)], random)
@@ -83,7 +83,7 @@ def shortest(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> in
 
 
 def two_choices(experts: Sequence[Kind], busy: Sequence[int], random: Random) -> int:
-    """The less busy of two that are drawn at random."""
+    """The less busy of two random experts."""
     a, b = random.randrange(len(busy)), random.randrange(len(busy))
     return a if busy[a] <= busy[b] else b
 
@@ -104,7 +104,7 @@ def in_turn() -> Policy:
 
 
 def simulate(experts: Sequence[Kind], trace: Trace, policy: Policy, seed: int = 0) -> list[tuple[float, str]]:
-    """Seconds and expert of each request. The policy knows the requests in flight at that very instant."""
+    """Latency in seconds and expert of each request. The policy knows the exact number of requests in flight."""
     random = Random(seed)
     slots = [Slots(e.slots) for e in experts]
     ends: list[list[float]] = [[] for _ in experts]
@@ -121,7 +121,7 @@ def simulate(experts: Sequence[Kind], trace: Trace, policy: Policy, seed: int = 
 
 
 def replay(experts: Sequence[Kind], trace: Trace, chosen: Sequence[str]) -> list[float | None]:
-    """Seconds of each request, if its expert is the one `chosen` and it gets there in no time. None: it got nowhere."""
+    """Latency in seconds of each request if it reaches its `chosen` expert without delay; None if it reached none."""
     kinds = {e.name: e for e in experts}
     slots = {e.name: Slots(e.slots) for e in experts}
     requests = zip(trace.arrivals, trace.work, chosen, strict=True)

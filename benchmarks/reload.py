@@ -1,10 +1,10 @@
-"""How long from a changed policy file to the new policy in force, and whether anything fails meanwhile.
+"""How long it takes until a changed policy file is in force, and whether any request fails in the meantime.
 
     .venv/bin/python -m benchmarks.reload [--swaps 1000]
 
-Starts the whole proxy on loopback, flips expert C between two tiers under load, ConfigMap style (a new folder and one
-symlink swapped), and prints the percentiles of swap → in force: the time from the swap to the first answer that carries
-the new digest, asked for without a pause.
+Starts the whole proxy on loopback and flips expert C between two tiers under load, the way a ConfigMap changes: a new
+folder and one swapped symlink. Prints percentiles of the time from the swap to the first response with the new digest,
+while clients send requests without a pause.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.harness.system import System, rss, system
 
 
 def mount(it: System, number: int, text: str) -> None:
-    """As a kubelet changes a ConfigMap."""
+    """Change the policy the way a kubelet updates a ConfigMap."""
     folder = it.directory
     version = folder / f"..version_{number}"
     version.mkdir()
@@ -38,7 +38,7 @@ def mount(it: System, number: int, text: str) -> None:
 
 
 async def measure(it: System, swaps: int) -> tuple[list[float], int, int]:
-    """Seconds from swap to in force, for each swap; answers seen; answers that did not fit the digest they carried."""
+    """For each swap, the seconds until it was in force; the responses; those that disagreed with their digest."""
     texts = [demo_policy(it.ports), demo_policy(it.ports).replace("C: {tier: high", "C: {tier: low")]
     digests = [parse_policy(t, "policy.yaml", it.directory).digest for t in texts]
     expected = dict(zip(digests, (403, 200), strict=True))
@@ -90,7 +90,7 @@ def main() -> None:
         took, seen, wrong = asyncio.run(measure(it, swaps))
         after = rss(it.authz.process.pid)
     cuts = statistics.quantiles(took, n=100)
-    print(f"swaps {swaps}, answers {seen}, answers that disagree with their digest or failed {wrong}")
+    print(f"swaps {swaps}, responses {seen}, responses that failed or disagree with their digest {wrong}")
     print(f"swap to in force: p50 {cuts[49] * 1e3:.0f} ms, p95 {cuts[94] * 1e3:.0f} ms, p99 {cuts[98] * 1e3:.0f} ms")
     print(f"memory of ext_authz: {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")
 

@@ -1,10 +1,10 @@
-"""What many experts cost: start, memory, clusters, and the time that choosing takes.
+"""What many experts cost: start time, memory, clusters, and the time to choose one.
 
     .venv/bin/python -m benchmarks.scale [--experts 64] [--replicas 8] [--rounds 7] [--requests 400]
 
-Runs two whole proxies side by side, one with three experts and one with many, and asks them in turn, round after round,
-for 3 of their experts and for all. The replicas are addresses of the loopback network that one process answers for;
-each is health-checked every 5 seconds. Prints medians. Linux only: elsewhere 127.0.0.2 is nobody.
+Runs two whole proxies side by side, one with three experts and one with many. Each round sends requests to both in turn
+that ask for 1, 3 or all of the experts. The replicas are loopback addresses served by one process; each is
+health-checked every 5 seconds. Prints medians. Linux only: other systems do not answer on 127.0.0.2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def policy(experts: int, replicas: int) -> Callable[[Mapping[str, Sequence[int]]
 
 
 def start(stack: ExitStack, experts: int, replicas: int) -> tuple[System, float]:
-    """A running proxy, and the seconds from the start of its processes until the last expert answers."""
+    """A running proxy, and the seconds from the start of its processes to the first response from the last expert."""
     began = time.perf_counter()
     flags = {"E0": ("--host", "0.0.0.0", "--delay", "0", "--concurrency", "1000", "--queue", "1000")}
     it = stack.enter_context(system(policy(experts, replicas), {"E0": 1}, expert_flags=flags, workers=1))
@@ -55,7 +55,7 @@ def stat(it: System, name: str) -> int:
 
 
 def ask(it: System, asked: Sequence[str], requests: int) -> float:
-    """Milliseconds of a request, the median of so many on one connection."""
+    """The median latency in milliseconds of this many requests on one connection."""
     body = json.dumps({"token_id": 101, "expert_names": asked})
     connection = http.client.HTTPConnection(HOST, it.port, timeout=10)
     took = []
@@ -73,17 +73,17 @@ def ask(it: System, asked: Sequence[str], requests: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=64, help="3 to 64, so that one request may name them all")
-    parser.add_argument("--replicas", type=int, default=8, help="of each (default: 8)")
+    parser.add_argument("--experts", type=int, default=64, help="3 to 64, so that one request can name them all")
+    parser.add_argument("--replicas", type=int, default=8, help="replicas of each expert (default: 8)")
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    parser.add_argument("--requests", type=int, default=400, help="of each kind in a round (default: 400)")
+    parser.add_argument("--requests", type=int, default=400, help="requests of each kind in a round (default: 400)")
     args = parser.parse_args()
     if not 3 <= args.experts <= 64:
         parser.error("--experts must be 3 to 64")
     with ExitStack() as stack:
         few, few_ready = start(stack, 3, 1)
         many, many_ready = start(stack, args.experts, args.replicas)
-        time.sleep(6)  # every endpoint has been looked at
+        time.sleep(6)  # until every endpoint has been health-checked
         kinds = {
             "3 experts, asked for 1": (few, names(1)),
             "3 experts, asked for 3": (few, names(3)),
@@ -95,7 +95,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for kind, (it, asked) in kinds.items():
                 took[kind].append(ask(it, asked, args.requests))
-        scheme = "a ladder for each pair" if args.experts <= MAX_PAIRED else "a ladder for each expert"
+        scheme = "one ladder per pair" if args.experts <= MAX_PAIRED else "one ladder per expert"
         print(f"{'':32} {'3 x 1':>9} {f'{args.experts} x {args.replicas}':>9}   ({scheme}; pairs up to {MAX_PAIRED})")
         print(f"{'start to ready, s':32} {few_ready:9.1f} {many_ready:9.1f}")
         memory = [rss(it.envoy.process.pid) / 2**20 for it in (few, many) if it.envoy.process]
@@ -104,7 +104,7 @@ def main() -> None:
         print(f"{'memory of ext_authz, MiB':32} {memory[0]:9.0f} {memory[1]:9.0f}")
         clusters = [stat(it, "cluster_manager.active_clusters") for it in (few, many)]
         print(f"{'clusters in Envoy':32} {clusters[0]:9} {clusters[1]:9}")
-    print(f"\n{'whole request, ms':32} {'p50':>9} {'more than 3 of 3':>17}")
+    print(f"\n{'whole request, ms':32} {'p50':>9} {'above 3 of 3':>17}")
     base = took["3 experts, asked for 3"]
     for kind, samples in took.items():
         more = statistics.median(a - b for a, b in zip(samples, base, strict=True))

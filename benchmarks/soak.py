@@ -1,9 +1,9 @@
-"""Whether memory stays flat: millions of checks in this process, each with a token never seen before.
+"""Whether memory stays flat: millions of checks in this process, each with a new token.
 
-The tokens are HS256, which costs next to nothing to sign, so that the time goes into the checks. One in ten has a bad
-signature, one in ten names an expert nobody has heard of, one in ten has a body; one in six comes a second time, and is
-remembered by its headers then. Every million tokens there is a new epoch, as after a change of keys. Resident memory is
-told once the caches are full, in the middle and at the end.
+The tokens are HS256, which is cheap to sign, so that most of the time goes into the checks. One in ten has a bad
+signature, one in ten names an unknown expert, and one in ten has a body. One in six comes a second time and is then
+cached by its headers. A new epoch starts every million tokens, as after a change of keys. Prints the resident memory
+once the caches are full, in the middle and at the end.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def asks(n: int, now: int) -> bytes:
 
 
 async def soak(checks: int, policy: Policy) -> list[int]:
-    """Resident memory in bytes: with full caches, in the middle, at the end."""
+    """Resident memory in bytes: with full caches, in the middle, and at the end."""
     sizes, keys = CacheSizes(), MappingProxyType({ISSUER: (secret_key(SECRET),)})
     tally = Tally()
     authorization = Authorization(Epoch.of(sizes.snapshot(policy, keys, 0)), KeyStore(), tally)
     began, now = time.monotonic(), int(time.time())
-    told = {min(checks // 8, 500_000): "caches full", checks // 2: "middle", checks: "end"}
+    stages = {min(checks // 8, 500_000): "caches full", checks // 2: "middle", checks: "end"}
     found = []
     for n in range(1, checks + 1):
         request = asks(n, now)
@@ -91,10 +91,10 @@ async def soak(checks: int, policy: Policy) -> list[int]:
         if n % 1_000_000 == 0:
             now = int(time.time())
             authorization.epoch = Epoch.of(sizes.snapshot(policy, keys, n))
-        if n in told:
+        if n in stages:
             found.append(rss())
             print(
-                f"{told[n]:12} {n:>9,} tokens {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
+                f"{stages[n]:12} {n:>9,} tokens {found[-1] / 2**20:8.1f} MiB {time.monotonic() - began:7.0f} s",
                 flush=True,
             )
     print({f"{v.value}/{r.value}": n for (v, r), n in sorted(tally.decisions.items())}, sizes.counts)
@@ -110,7 +110,7 @@ def main() -> int:
         policy = parse_policy(POLICY.encode(), base=Path(made))
     start, *rest = asyncio.run(soak(args.checks, policy))
     grown = max(rest) / start - 1
-    print(f"most after the start: {grown:+.1%}")
+    print(f"largest growth after the caches were full: {grown:+.1%}")
     return 0 if grown <= 0.05 else 1
 
 

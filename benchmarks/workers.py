@@ -1,8 +1,8 @@
-"""What more processes bring: the same checks in one process and in several at once, without gRPC, Envoy and clients.
+"""What more processes gain: the same checks in one process and in several at once, without gRPC, Envoy and clients.
 
-Every process has a policy, caches and tokens of its own and decides as `srp serve` does, bytes to bytes, as fast as it
-can: the part of the work that `srp serve --workers` spreads. On a machine of few cores a load generator would take the
-cores that it is to measure. Prints checks a second, all processes together, medians over the rounds.
+Every process has its own policy, caches and tokens, and decides like `srp serve`, from bytes to bytes, as fast as it
+can: the part of the work that `srp serve --workers` distributes. On a machine with few cores, a load generator would
+use up the cores to be measured. Prints checks per second of all processes together, as medians over the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = {"one token": 1, "new RS256 token each time": 1500}
 
 
 async def work(tokens: int, seconds: float) -> None:
-    """A process: says that it is ready, waits for a line, checks for so long, says how many it made in a second."""
+    """One process: prints `ready`, waits for a line, makes checks for `seconds`, and prints its checks per second."""
     with tempfile.TemporaryDirectory(prefix="srp-bench-") as made:
         jwks = json.dumps(callers.jwks())
         (Path(made) / "jwks.json").write_text(jwks)
@@ -56,7 +56,7 @@ async def work(tokens: int, seconds: float) -> None:
 
 
 def together(processes: int, tokens: int, seconds: float) -> float:
-    """Checks a second of so many processes at once."""
+    """The total checks per second of this many processes at once."""
     command = [sys.executable, __file__, "--work", str(tokens), "--seconds", str(seconds)]
     running = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
@@ -73,8 +73,8 @@ def together(processes: int, tokens: int, seconds: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="beside one (default: 2)")
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--processes", type=int, default=2, help="number to compare with one process (default: 2)")
+    parser.add_argument("--seconds", type=float, default=3, help="length of a measurement (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -69,7 +69,7 @@ local function rule_of(path)
 end
 
 -- A header's part of the key, with its length so that no value can pass for two; nil if it appears more than once.
-local function part(headers, name)
+local function key_part(headers, name)
   local n = headers:getNumValues(name)
   if n == 0 then
     return "-"
@@ -90,13 +90,13 @@ local function key_of(headers)
   end
   local parts = { #path .. ":" .. path }
   for i = 1, #READ do
-    parts[i + 1] = part(headers, READ[i])
+    parts[i + 1] = key_part(headers, READ[i])
     if not parts[i + 1] then
       return nil
     end
   end
   if rule.header then
-    local names = part(headers, rule.header)
+    local names = key_part(headers, rule.header)
     if not names then
       return nil
     end
@@ -130,7 +130,7 @@ local function find(handle, key)
 end
 
 -- Whether the headers have room for those of a decision. If not, Envoy rejects what ext_authz has decided.
-local function roomy(headers)
+local function has_room(headers)
   local n, bytes = 0, 0
   for name, value in pairs(headers) do
     n, bytes = n + 1, bytes + #name + #value
@@ -140,7 +140,7 @@ end
 
 -- Whether the request is complete within MAX_WAIT, the lease is still valid, and ext_authz, which also waits for the
 -- whole body, would accept it. A slow sender must not keep an expert busy, or a lease alive beyond its epoch.
-local function whole(handle, lease)
+local function complete(handle, lease)
   local started = handle:timestamp()
   local body = handle:body() -- returns at once, without a value, if there is none
   local now = handle:timestamp()
@@ -177,7 +177,7 @@ function envoy_on_request(handle)
   end
   local lease = find(handle, key)
   if lease then
-    if roomy(headers) and whole(handle, lease) then
+    if has_room(headers) and complete(handle, lease) then
       repeat_decision(handle, lease)
       count(handle, "hits", 1)
     end

@@ -17,7 +17,7 @@ from experts.profile import Profile
 from experts.service import make_app
 
 DRAIN_SECONDS = 10.0
-"""How long requests in flight may take to end after SIGTERM."""
+"""How long requests in flight may take to finish after SIGTERM."""
 
 ENDPOINTS = """\
 endpoints:
@@ -25,7 +25,7 @@ endpoints:
   POST /...         {"expert", "path", "model", "status"}; server-sent events if the body has "stream": true
   GET  /healthz     200 while the expert runs
   GET  /load        in_flight, queued, served, failed, concurrency, security_level
-  GET  /seen        the latest requests counted by `x-srp-tier|x-srp-subject`
+  GET  /seen        counts of the latest requests by `x-srp-tier|x-srp-subject`
 
 exit status: 0 after SIGTERM or SIGINT, 1 if the address cannot be bound, 2 for bad arguments
 """
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run an expert as the arguments say. Returns the exit status."""
+    """Run an expert with these arguments. Returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def serve(profile: Profile, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse new connections and let requests end, for `DRAIN_SECONDS`.
+    """Serve until SIGTERM or SIGINT. Then refuse new connections, and let requests finish for `DRAIN_SECONDS`.
 
-    Prints the address once it is bound. Raises OSError if it cannot be.
+    Prints the address once it is bound. Raises OSError if it cannot be bound.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # aiohttp waits `shutdown_timeout` twice: for requests to end, then again after it cut off their bodies.
-    # A client that leaves cancels its request, so that nobody queues behind work which no one awaits.
+    # aiohttp waits `shutdown_timeout` twice: for requests to finish, and again after it has cut off their bodies.
+    # A client that disconnects cancels its request, so that no request queues behind work that no client awaits.
     runner = web.AppRunner(
         make_app(profile), access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS / 2
     )
@@ -76,22 +76,22 @@ async def serve(profile: Profile, host: str, port: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="experts",
-        description="A sample expert: answers like a model server, after a while, and does no work.",
+        description="A sample expert: responds like a model server, after a delay, but does no work.",
         epilog=ENDPOINTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--name", required=True, help="told in every answer and in the header x-expert, e.g. Expert_A")
-    add("--port", required=True, type=_argument(_port), help="TCP port; 0 takes a free one and prints it")
+    add("--name", required=True, help="name in every response and in the header x-expert, e.g. Expert_A")
+    add("--port", required=True, type=_argument(_port), help="TCP port; 0 picks a free one and prints it")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--security-level", default="low", metavar="LEVEL", help="told at /load (default: %(default)s)")
+    add("--security-level", default="low", metavar="LEVEL", help="shown at /load (default: %(default)s)")
     time = parser.add_mutually_exclusive_group()
     time.add_argument(
         "--delay",
         default="0.1:0.5",
         type=_argument(parse_delay),
         metavar="LO:HI",
-        help="seconds a request takes, evenly spread; one number for a fixed time (default: %(default)s)",
+        help="service time in seconds, uniformly distributed; one number for a fixed time (default: %(default)s)",
     )
     time.add_argument(
         "--service",
@@ -99,11 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         type=_argument(parse_service),
         metavar="exponential:MEAN",
-        help="instead of --delay: exponentially spread times with a mean of MEAN seconds",
+        help="instead of --delay: exponentially distributed service times with a mean of MEAN seconds",
     )
-    add("--concurrency", default=8, type=int, metavar="N", help="requests served at a time (default: %(default)s)")
-    add("--queue", default=64, type=int, metavar="N", help="requests that wait; more get 503 (default: %(default)s)")
-    add("--fail-rate", default=0.0, type=float, metavar="P", help="part of requests, 0 to 1, answered with 503")
+    add("--concurrency", default=8, type=int, metavar="N", help="requests served at once (default: %(default)s)")
+    add(
+        "--queue", default=64, type=int, metavar="N", help="requests that may wait; more get 503 (default: %(default)s)"
+    )
+    add("--fail-rate", default=0.0, type=float, metavar="P", help="fraction of requests, 0 to 1, answered with 503")
     return parser
 
 
@@ -115,7 +117,7 @@ def _port(text: str) -> int:
 
 
 def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse` for argparse, which shows the message of an ArgumentTypeError and hides that of a ValueError."""
+    """`parse` for argparse, which shows the message of an ArgumentTypeError but not that of a ValueError."""
 
     def parse_argument(text: str) -> T:
         try:

@@ -1,4 +1,4 @@
-"""The slots of an expert and the bounded queue before them. Knows asyncio and nothing of HTTP."""
+"""The slots of an expert, and the bounded queue in front of them. Knows nothing about HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 class Capacity:
     """At most `concurrency` holders at a time and `queue` waiters, first come, first served.
 
-    `in_flight` and `queued` tell the present number of each.
+    `in_flight` and `queued` are the current number of each.
     """
 
     def __init__(self, concurrency: int, queue: int) -> None:
@@ -21,8 +21,8 @@ class Capacity:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[bool]:
-        """Wait for a slot and hold it for the block. Yields False, at once, if the queue is full."""
-        # `locked()` is also true while a freed slot is on its way to a waiter, so nobody overtakes the queue.
+        """Wait for a slot and hold it for the block. Yields False at once if the queue is full."""
+        # `locked()` is also true while a freed slot is being handed to a waiter, so no request overtakes the queue.
         if self._slots.locked() and self.queued >= self._queue:
             yield False
             return

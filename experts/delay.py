@@ -1,4 +1,4 @@
-"""How long an expert works on one request. Everything about service times lives here; all figures are seconds."""
+"""How long an expert works on one request. Everything about service times is in this file; all values are seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Any time between `low` and `high` seconds is as likely as any other; equal bounds make a fixed time."""
+    """A uniform distribution between `low` and `high` seconds. Equal bounds make it a fixed time."""
 
     low: float
     high: float
@@ -19,13 +19,13 @@ class Uniform:
             raise ValueError(f"delay must be 0 <= LO <= HI seconds, found `{self.low:g}:{self.high:g}`")
 
     def draw(self, random: Random) -> float:
-        """The seconds that the next request takes."""
+        """The service time of the next request, in seconds."""
         return random.uniform(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Memoryless service of `mean` seconds: many short requests and a few long ones, as queueing theory likes it."""
+    """An exponential distribution with a mean of `mean` seconds: many short requests and a few long ones."""
 
     mean: float
 
@@ -34,7 +34,7 @@ class Exponential:
             raise ValueError(f"mean service time must be above 0 seconds, found `{self.mean:g}`")
 
     def draw(self, random: Random) -> float:
-        """The seconds that the next request takes."""
+        """The service time of the next request, in seconds."""
         return random.expovariate(1 / self.mean)
 
 
@@ -42,13 +42,13 @@ Delay = Uniform | Exponential
 
 
 def parse_delay(text: str) -> Uniform:
-    """Read `LO:HI` or a single number, in seconds. Raises ValueError that says what was found."""
+    """Read `LO:HI` or a single number, in seconds. Raises a ValueError that says what was found."""
     low, colon, high = text.partition(":")
     return Uniform(_seconds(low, text), _seconds(high if colon else low, text))
 
 
 def parse_service(text: str) -> Exponential:
-    """Read `exponential:MEAN`, in seconds. Raises ValueError that says what was found."""
+    """Read `exponential:MEAN`, in seconds. Raises a ValueError that says what was found."""
     kind, _, mean = text.partition(":")
     if kind != "exponential":
         raise ValueError(f"expected exponential:MEAN, found `{text}`")

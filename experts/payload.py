@@ -1,4 +1,4 @@
-"""What a request body says. Pure: bytes in, a value or a `Refusal` out; nothing raises."""
+"""Parsing of request bodies. Pure: bytes in, a value or a `Refusal` out; nothing raises."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request gets no answer: a code for programs and a message for people."""
+    """Why a request is refused: a code for programs and a message for people."""
 
     code: str
     message: str
 
 
 def read_object(body: bytes) -> dict[str, Any] | Refusal:
-    """The JSON object in `body` (RFC 8259, so without NaN and Infinity)."""
+    """The JSON object in `body` (RFC 8259, which has no NaN or Infinity)."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ def read_token_id(body: bytes) -> int | Refusal:
     if "token_id" not in found:
         return Refusal("missing_token_id", "the body must have a token_id")
     token_id = found["token_id"]
-    # JSON's true is an int to Python, and not to anybody else.
+    # In Python, the value of JSON's true is an int.
     if not isinstance(token_id, int) or isinstance(token_id, bool):
         return Refusal("bad_token_id", f"token_id must be an integer, found {_kind(token_id)}")
     return token_id

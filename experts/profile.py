@@ -1,4 +1,4 @@
-"""What one sample expert is like: its name, how fast it is, how much it takes at once."""
+"""The properties of a sample expert: its name, its speed, and how many requests it accepts at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TYPICAL_DELAY = Uniform(0.1, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One expert. `concurrency` requests run at a time, `queue` more wait, the rest are refused.
+    """One expert. It serves `concurrency` requests at once, `queue` more may wait, and the rest are refused.
 
-    `fail_rate` is the probability (0 to 1) that a request which got its turn is answered with 503.
-    `security_level` is only told at `/load`: an expert enforces nothing, the proxy does.
+    `fail_rate` is the probability (0 to 1) that a request which got a slot is answered with 503.
+    `security_level` is only shown at `/load`: the proxy enforces it, not the expert.
     Raises ValueError for values that no expert can have.
     """
 
@@ -28,7 +28,7 @@ class Profile:
     fail_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        # The name goes out as a header value: nothing that could end the header may be in it.
+        # The name becomes a header value, so it must not contain anything that could end the header.
         for what, text in (("name", self.name), ("security level", self.security_level)):
             if not _TOKEN.fullmatch(text):
                 raise ValueError(f"{what} must be 1 to 64 of A-Z a-z 0-9 . _ -, found `{text}`")

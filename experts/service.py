@@ -1,4 +1,4 @@
-"""The HTTP face of a sample expert: `/process`, an LLM look-alike, and the pages that tell its state."""
+"""The HTTP interface of a sample expert: `/process`, an imitation of an LLM API, and the state pages."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from experts.seen import Seen
 __all__ = ["BODY_LIMIT", "Profile", "make_app"]
 
 BODY_LIMIT = 1 << 20
-"""Bytes of request body; more is answered with 413."""
+"""Maximum size of a request body in bytes; a larger one gets 413."""
 
 STREAM_WORDS = ("routed", " and", " processed")
-"""The content of a streamed answer, one server-sent event a word."""
+"""The content of a streamed response, one server-sent event per word."""
 
 _STATE_PAGES = frozenset({"/healthz", "/load", "/seen"})
-_QUEUE_FULL = Refusal("queue_full", "every slot is taken and the queue is full")
-_UNREADABLE = Refusal("unreadable_body", "the body is not what content-encoding says")
-_MADE_TO_FAIL = Refusal("made_to_fail", "this expert was told to fail now and then")
+_QUEUE_FULL = Refusal("queue_full", "all slots are taken and the queue is full")
+_UNREADABLE = Refusal("unreadable_body", "the body does not match its content-encoding")
+_MADE_TO_FAIL = Refusal("made_to_fail", "this expert is configured to fail at random")
 
 
 def make_app(profile: Profile) -> web.Application:
-    """An application that serves one expert. It shares nothing, so a process may run many."""
+    """An application that serves one expert. Applications share no state, so a process may run many."""
     expert = _Expert(profile)
 
     async def name_expert(_: web.Request, response: web.StreamResponse) -> None:
@@ -78,7 +78,7 @@ class _Expert:
         return web.json_response(self.seen.counts())
 
     async def process(self, request: web.Request) -> web.StreamResponse:
-        """Answer one token. `latency_ms` is the time since the request's headers came, queueing included."""
+        """Process one token. `latency_ms` is the time since the request's headers arrived, including queueing."""
         arrived = perf_counter()
         token_id = read_token_id(await request.read())
         if isinstance(token_id, Refusal):
@@ -97,7 +97,7 @@ class _Expert:
             )
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """Answer any other path, whatever its body, as a language model would: whole or in a few events."""
+        """Answer any other path, whatever its body, like a language model: at once or as a stream of events."""
         body = read_object(await request.read())
         wanted = {} if isinstance(body, Refusal) else body
         answer = {"expert": self._profile.name, "path": request.path}
@@ -114,23 +114,23 @@ class _Expert:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[Refusal | None]:
-        """Hold a slot for the block and count how it ended. A client that left early counts as failed."""
+        """Hold a slot for the block and count the outcome. A client that disconnects early counts as failed."""
         ended_well = False
         try:
             async with self._capacity.slot() as granted:
-                refusal = _QUEUE_FULL if not granted else self._misfortune()
+                refusal = _QUEUE_FULL if not granted else self._random_failure()
                 yield refusal
                 ended_well = refusal is None
         finally:
             self._served += ended_well
             self._failed += not ended_well
 
-    def _misfortune(self) -> Refusal | None:
+    def _random_failure(self) -> Refusal | None:
         return _MADE_TO_FAIL if self._random.random() < self._profile.fail_rate else None
 
 
 async def _stream(request: web.Request, answer: Mapping[str, Any], delay: float) -> web.StreamResponse:
-    """Send `answer` as server-sent events (WHATWG HTML §9.2) spread evenly over `delay` seconds."""
+    """Send `answer` as server-sent events (WHATWG HTML §9.2), spread evenly over `delay` seconds."""
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
     await response.prepare(request)
     for word in STREAM_WORDS:
@@ -146,7 +146,7 @@ def _recorder(seen: Seen) -> Middleware:
     @web.middleware
     async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "GET" or request.path not in _STATE_PAGES:
-            # Joined, so that a header smuggled in beside the proxy's own one shows.
+            # Joined, so that a header smuggled in next to the proxy's own is visible.
             tier, subject = (",".join(request.headers.getall(h, ())) for h in ("x-srp-tier", "x-srp-subject"))
             seen.record(tier, subject)
         return await handler(request)
@@ -156,12 +156,12 @@ def _recorder(seen: Seen) -> Middleware:
 
 @web.middleware
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn aiohttp's own refusals (405, 413, an undecodable body) into the error body of every other refusal."""
+    """Give aiohttp's own errors (405, 413, an undecodable body) the same error body as all others."""
     try:
         return await handler(request)
     except web.RequestPayloadError:
         response = _refused(HTTPStatus.BAD_REQUEST, _UNREADABLE)
-        response.force_close()  # aiohttp hangs up after this, so the client has to know
+        response.force_close()  # aiohttp closes the connection after this, so announce it to the client
         return response
     except web.HTTPException as refused:
         status = HTTPStatus(refused.status)

@@ -1,4 +1,4 @@
-"""One line on a terminal that tells how far a long command is; nothing anywhere else."""
+"""A one-line progress bar for long commands. It is drawn only on a terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import Self, TextIO
 
 WIDTH = 30  # characters of the bar
-APART = 0.1  # seconds between two drawings
+INTERVAL = 0.1  # seconds between redraws, at least
 
 
 class Progress:
-    """Call it with how much is done, and of how much. The line is gone when the `with` block ends."""
+    """Call it with the amount done and the total. It erases the line at the end of the `with` block."""
 
     def __init__(self, what: str, stream: TextIO) -> None:
         self._what = what
@@ -20,11 +20,11 @@ class Progress:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._stream is None or now - self._drawn < APART:
+        if self._stream is None or now - self._drawn < INTERVAL:
             return
         self._drawn = now
-        part = min(1.0, done / total) if total else 1.0
-        self._stream.write(f"\r{self._what} [{'#' * round(part * WIDTH):<{WIDTH}}] {part:4.0%}")
+        share = min(1.0, done / total) if total else 1.0
+        self._stream.write(f"\r{self._what} [{'#' * round(share * WIDTH):<{WIDTH}}] {share:4.0%}")
         self._stream.flush()
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
-"""What `srp serve` needs to know, read once from flags and SRP_* variables. All mistakes are reported at once.
+"""The settings of `srp serve`, read once from flags and SRP_* variables. All errors are reported at once.
 
-`Settings` holds every default, `_FLAGS` how each setting is written; no other place repeats either.
+`Settings` has all defaults, and `_FLAGS` has the syntax of each setting. Neither is repeated anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ext_authz.core.leases import ENTRIES
 from ext_authz.core.snapshot import CACHED_DECISIONS, CACHED_TOKENS
 
 DRAIN = 10.0  # seconds
-MAX_CONCURRENT = 1024  # checks in flight; more are refused at once and Envoy answers 503
+MAX_CONCURRENT = 1024  # checks in flight; more are rejected at once, and Envoy answers 503
 MAX_WORKERS = 64
 MAX_PATH = 100  # bytes of a socket's path
 
@@ -28,7 +28,7 @@ Address = tuple[str, int]  # host and port
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The server's settings. `status` None: no HTTP listener. `drain` is in seconds, `decision_log_size` in bytes."""
+    """The server's settings. `drain` is in seconds, `decision_log_size` in bytes. `status` None: no HTTP listener."""
 
     policy: Path
     listen: str = "unix:/run/srp/ext_authz.sock"
@@ -47,18 +47,18 @@ class Settings:
     envoy_admin: Address | None = None
 
 
-class _Form(NamedTuple):
-    """How a kind of setting is written: `parse` raises ValueError, `show` is its inverse."""
+class _Syntax(NamedTuple):
+    """The syntax of a kind of setting. `parse` raises ValueError; `show` is its inverse."""
 
     parse: Callable[[str], Any]
     show: Callable[[Any], str] = str
 
 
 class _Flag(NamedTuple):
-    """The flag of the setting of the same name."""
+    """The flag for the setting of the same name."""
 
     name: str
-    form: _Form
+    syntax: _Syntax
     text: str
 
     @property
@@ -70,7 +70,7 @@ class _Flag(NamedTuple):
         return f"SRP_{self.setting.upper()}"
 
 
-def _number(low: float, high: float, unit: int = 1, *, whole: bool = True) -> _Form:
+def _number(low: float, high: float, unit: int = 1, *, whole: bool = True) -> _Syntax:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -82,7 +82,7 @@ def _number(low: float, high: float, unit: int = 1, *, whole: bool = True) -> _F
             raise ValueError(f"expected a whole number, found `{text}`")
         return int(value) * unit if whole else value
 
-    return _Form(parse, lambda value: f"{value / unit:g}")
+    return _Syntax(parse, lambda value: f"{value / unit:g}")
 
 
 def _address(text: str) -> Address:
@@ -104,45 +104,45 @@ def _log_level(text: str) -> str:
     return text
 
 
-_ADDRESS = _Form(
+_ADDRESS = _Syntax(
     lambda text: None if text == "off" else _address(text), lambda at: "off" if at is None else f"{at[0]}:{at[1]}"
 )
-_FILE = _Form(lambda text: Path(text) if text else None)
+_FILE = _Syntax(lambda text: Path(text) if text else None)
 
 _FLAGS = (
     _Flag("policy", _FILE, "the policy file; its folder is watched"),
-    _Flag("listen", _Form(_listen), "gRPC address: unix:PATH or HOST:PORT"),
+    _Flag("listen", _Syntax(_listen), "gRPC address: unix:PATH or HOST:PORT"),
     _Flag("status", _ADDRESS, "HTTP address of /healthz, /metrics and /status, or `off`"),
-    _Flag("drain", _number(0, 3600, whole=False), "seconds that running checks get to finish at SIGTERM"),
-    _Flag("max-concurrent", _number(1, 100_000), "checks in flight; more are refused and Envoy answers 503"),
-    _Flag("log-level", _Form(_log_level), "debug, info, warning or error"),
-    _Flag("decision-log", _FILE, "file to append each decision to, for `srp diff`"),
+    _Flag("drain", _number(0, 3600, whole=False), "seconds that running checks have to finish after SIGTERM"),
+    _Flag("max-concurrent", _number(1, 100_000), "checks in flight; more are rejected, and Envoy answers 503"),
+    _Flag("log-level", _Syntax(_log_level), "debug, info, warning or error"),
+    _Flag("decision-log", _FILE, "append each decision to this file, for `srp diff`"),
     _Flag(
         "decision-log-size", _number(1, 1024 * 1024, _MIB),
-        "MiB that it grows to before it becomes FILE.1, and that FILE.2",
+        "maximum size of the decision log in MiB; a full FILE is renamed to FILE.1, FILE.1 to FILE.2, ...",
     ),
-    _Flag("decision-log-keep", _number(0, 1000), "such older files to keep"),
+    _Flag("decision-log-keep", _number(0, 1000), "renamed decision logs to keep"),
     _Flag(
         "lease-entries", _number(0, 1_000_000),
-        "leases that each of Envoy's worker threads may hold, twice over; 0: no leases",
+        "leases in each of the two generations of every Envoy worker thread's table; 0 turns leases off",
     ),
-    _Flag("cached-tokens", _number(2, 10_000_000), "verified tokens to cache, some 2 KiB each"),
-    _Flag("cached-decisions", _number(2, 10_000_000), "decisions to cache, by either of two keys, some 1 KiB each"),
+    _Flag("cached-tokens", _number(2, 10_000_000), "verified tokens to cache, about 2 KiB each"),
+    _Flag("cached-decisions", _number(2, 10_000_000), "entries in each of the two decision caches, about 1 KiB each"),
     _Flag(
         "workers", _number(1, MAX_WORKERS),
-        "processes that decide, each with one core at most; the others listen on PATH.1, PATH.2, ...",
+        "processes that decide, each on at most one CPU core; the second listens on PATH.1, and so on",
     ),
-    _Flag("envoy-admin", _ADDRESS, "HTTP address of Envoy's admin interface, to report leases in the status, or `off`"),
-    _Flag("shadow-policy", _FILE, "a second policy that judges each request as well and is only counted"),
+    _Flag("envoy-admin", _ADDRESS, "HTTP address of Envoy's admin interface, for lease counts in the status, or `off`"),
+    _Flag("shadow-policy", _FILE, "a second policy whose decisions are only compared and counted"),
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    """The flags of `srp serve`; each has a variable SRP_NAME that stands in for it."""
+    """Add the flags of `srp serve`. Each defaults to its variable SRP_NAME in `environ`, if that is set."""
     defaults = {field.name: field.default for field in fields(Settings)}
     for flag in _FLAGS:
-        has_default = flag.form is not _FILE
-        default = flag.form.show(defaults[flag.setting]) if has_default else None
+        has_default = flag.syntax is not _FILE
+        default = flag.syntax.show(defaults[flag.setting]) if has_default else None
         shown = f"default: {default}; " if has_default else ""
         parser.add_argument(
             f"--{flag.name}", default=environ.get(flag.variable, default), metavar=flag.setting.upper(),
@@ -151,25 +151,25 @@ def add_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -
 
 
 def read(args: argparse.Namespace) -> Settings:
-    """Settings from parsed flags; ValueError with one line for each mistake."""
+    """The settings from parsed flags. ValueError with one line for each error."""
     mistakes: list[str] = []
     values: dict[str, Any] = {}
     if not args.policy:
-        mistakes.append("--policy is needed")
+        mistakes.append("--policy is required")
     for flag in _FLAGS:
         try:
-            values[flag.setting] = flag.form.parse(getattr(args, flag.setting) or "")
+            values[flag.setting] = flag.syntax.parse(getattr(args, flag.setting) or "")
         except ValueError as e:
             mistakes.append(f"--{flag.name}: {e}")
     if values.get("workers", 1) > 1:
-        mistakes += _for_one_worker(args)
+        mistakes += _worker_mistakes(args)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return Settings(**values)
 
 
-def _for_one_worker(args: argparse.Namespace) -> Iterator[str]:
-    """The settings that need a single worker."""
+def _worker_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Errors in settings that cannot be combined with several workers."""
     if args.decision_log:
         yield "--decision-log: needs --workers 1"
     if args.shadow_policy:

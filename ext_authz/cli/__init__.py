@@ -1,1 +1,1 @@
-"""The command line `srp`: `main` runs it, `command` says what a command is, the other files hold the commands."""
+"""The command line `srp`: `main` runs it, `command` defines what a command is, the other files have the commands."""

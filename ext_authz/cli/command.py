@@ -1,4 +1,4 @@
-"""What a command of `srp` is: its name, its flags and what it does."""
+"""What defines a command of `srp`: its name, its flags and its function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OK, FAILED, USAGE = 0, 1, 2  # exit statuses
 
 
 class Mistake(Exception):
-    """A mistake of the user, in words for the user. Exits with `code`."""
+    """A user error, as a message for the user. The process exits with `code`."""
 
     def __init__(self, text: str, code: int = FAILED) -> None:
         super().__init__(text)
@@ -18,7 +18,7 @@ class Mistake(Exception):
 
 
 class Command(NamedTuple):
-    """`run` returns the exit status; `flags` adds the command's arguments to its parser."""
+    """A command. `run` returns the exit status; `flags` adds the command's arguments to its parser."""
 
     name: str
     text: str
@@ -27,7 +27,7 @@ class Command(NamedTuple):
 
 
 def pair(text: str, flag: str) -> tuple[str, str]:
-    """`NAME=VALUE` in its two parts."""
+    """The two parts of `NAME=VALUE`. Mistake if it has another form."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise Mistake(f"{flag}: expected NAME=VALUE, found `{text}`", USAGE)

@@ -1,4 +1,4 @@
-"""`srp demo` and `srp token`: the proxy on one laptop, and tokens for it."""
+"""`srp demo` and `srp token`: the proxy on one machine, and tokens for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _token_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="where the demo key is (default: .demo)"
+        "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="folder with the demo key (default: .demo)"
     )
     parser.add_argument(
-        "--claim", action="append", default=[], metavar="NAME=VALUE", help="a claim; VALUE is JSON, or text"
+        "--claim", action="append", default=[], metavar="NAME=VALUE", help="a claim; VALUE is JSON or text"
     )
-    parser.add_argument("--ttl", default="1h", help="how long it is valid: 30s, 10m, 1h, 1d (default: 1h)")
+    parser.add_argument("--ttl", default="1h", help="how long the token is valid: 30s, 10m, 1h, 1d (default: 1h)")
 
 
 def _token(args: argparse.Namespace) -> int:
@@ -52,10 +52,14 @@ def _seconds(text: str) -> int:
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dir", type=Path, default=Path(".demo"), metavar="DIR", help="policy, keys, tokens, logs (default: .demo)"
+        "--dir",
+        type=Path,
+        default=Path(".demo"),
+        metavar="DIR",
+        help="folder for policy, keys, tokens and logs (default: .demo)",
     )
     parser.add_argument(
-        "--port", type=int, default=9000, help="Envoy's port on 127.0.0.1, 0 for any free one (default: 9000)"
+        "--port", type=int, default=9000, help="Envoy's port on 127.0.0.1; 0 picks a free one (default: 9000)"
     )
 
 
@@ -69,5 +73,5 @@ def _demo(args: argparse.Namespace) -> int:
         raise Mistake(str(e)) from None
 
 
-TOKEN = Command("token", "mint a token with the demo key (never for production)", _token, _token_flags)
+TOKEN = Command("token", "mint a token with the demo key (not for production)", _token, _token_flags)
 DEMO = Command("demo", "run Envoy, ext_authz and the sample experts on loopback", _demo, _demo_flags)

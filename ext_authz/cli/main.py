@@ -1,4 +1,4 @@
-"""The command line `srp`. Every mistake of the user is one clear line on stderr and a non-zero exit."""
+"""The command line `srp`. Every user error is one clear line on stderr and a non-zero exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 it failed, 2 it was called wrongly."""
+    """Run one command and exit: 0 on success, 1 if it failed, 2 if it was called with wrong arguments."""
     args = _parser().parse_args(argv)
     try:
         sys.exit(args.run(args))
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PolicyError as e:
         print(e, file=sys.stderr)
         sys.exit(FAILED)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except OSError as e:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="srp", description="Secure Routing Proxy: who may reach which expert, and which expert is idlest."
+        prog="srp", description="Secure Routing Proxy: decides which experts a caller may reach, and picks the idlest."
     )
     parser.add_argument("--version", action="version", version=f"srp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""`srp check`, `test`, `diff`, `explain` and `schema`: a policy file, before and after it is live."""
+"""`srp check`, `test`, `diff`, `explain` and `schema`: commands for policy files, before and after they are live."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _test_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE|DIR", help="a test file, or a folder: all `*_test.yaml` below")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each case")
-    parser.add_argument("--coverage", action="store_true", help="list what of the policy no case touched")
-    parser.add_argument("--fail-under", type=float, default=0.0, metavar="PCT", help="fail if less of it is touched")
+    parser.add_argument("path", type=Path, metavar="FILE|DIR", help="a test file, or a folder: all `*_test.yaml` in it")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print a line for each case")
+    parser.add_argument("--coverage", action="store_true", help="list the parts of the policy that no case covers")
+    parser.add_argument("--fail-under", type=float, default=0.0, metavar="PCT", help="fail if coverage is lower")
 
 
 def _test(args: argparse.Namespace) -> int:
@@ -49,12 +49,14 @@ def _test(args: argparse.Namespace) -> int:
 
 def _diff_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", type=Path, metavar="OLD", help="the policy in force")
-    parser.add_argument("new", type=Path, metavar="NEW", help="the policy to come; relative paths in both start here")
+    parser.add_argument(
+        "new", type=Path, metavar="NEW", help="the new policy; relative paths in both start in its folder"
+    )
     parser.add_argument(
         "--decisions", type=Path, action="append", default=[], metavar="LOG",
-        help="replay the decisions of this log under both (may be given again)",
+        help="replay the decisions of this log under both policies (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--fail-on", choices=["widening"], help="exit 1 if anybody may reach more")
+    parser.add_argument("--fail-on", choices=["widening"], help="exit 1 if any caller may reach more")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -90,7 +92,7 @@ def _explain_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", default="/", help="the request's path, for conditions that read it (default: /)")
     parser.add_argument("--method", default="POST", help="the request's method (default: POST)")
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="a header of the request")
-    parser.add_argument("--no-downgrade", action="store_true", help="as with `x-srp-downgrade: never`")
+    parser.add_argument("--no-downgrade", action="store_true", help="as if the request had `x-srp-downgrade: never`")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -114,7 +116,7 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
         return by_claims(policy, _object(args.claims, "--claims"))
     if args.token is not None:
         with sys.stdin.buffer if args.token == "-" else Path(args.token).open("rb") as file:
-            text = file.read(2 * identity.MAX_TOKEN).decode("latin-1")  # no token is longer, or holds more than ASCII
+            text = file.read(2 * identity.MAX_TOKEN).decode("latin-1")  # tokens are ASCII and never longer
         caller = by_token(policy, text.strip())
     else:
         caller = identity.anonymous(policy)
@@ -138,8 +140,8 @@ def _schema(_: argparse.Namespace) -> int:
     return OK
 
 
-CHECK = Command("check", "check a policy file; every error on a line of its own", _check, _check_flags)
-TEST = Command("test", "run the test cases beside a policy", _test, _test_flags)
-DIFF = Command("diff", "say what a new policy would change", _diff, _diff_flags)
-EXPLAIN = Command("explain", "say why a caller may or may not reach each expert", _explain, _explain_flags)
+CHECK = Command("check", "check a policy file; print one line per error", _check, _check_flags)
+TEST = Command("test", "run the test cases of a policy", _test, _test_flags)
+DIFF = Command("diff", "show what a new policy would change", _diff, _diff_flags)
+EXPLAIN = Command("explain", "explain why a caller may or may not reach each expert", _explain, _explain_flags)
 SCHEMA = Command("schema", "print the JSON Schema of the policy file, for editors", _schema)

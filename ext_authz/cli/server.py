@@ -1,4 +1,4 @@
-"""`srp serve` and `srp status`: a running server."""
+"""`srp serve` and `srp status`: run a server and ask it for its status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    # One thread less on a check's way (docs/performance.md). gRPC reads it once, when it is imported.
+    # Each check passes through one thread less (docs/performance.md). gRPC reads this once, at import.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
     from ext_authz.serve.app import run  # grpc and uvloop take time to import, and only the server needs them
 
@@ -40,5 +40,5 @@ def _status(args: argparse.Namespace) -> int:
     return OK
 
 
-SERVE = Command("serve", "serve Envoy's ext_authz and ADS by a policy file", _serve, _serve_flags)
-STATUS = Command("status", "print what a running server reports of itself", _status, _status_flags)
+SERVE = Command("serve", "serve ext_authz and ADS to Envoy from a policy file", _serve, _serve_flags)
+STATUS = Command("status", "print the status of a running server", _status, _status_flags)

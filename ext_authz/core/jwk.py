@@ -76,7 +76,9 @@ def _powers(base: int, prime: int) -> frozenset[int]:
 
 # The library makes primes whose residues are powers of 65537. Of other keys one in 2^27 has such a modulus. Source:
 # Nemec et al., "The Return of Coppersmith's Attack", 2017, §2.
-_ROCA = tuple((p, _powers(65537, p)) for p in (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157))
+_ROCA = tuple(
+    (p, _powers(65537, p)) for p in (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+)
 
 
 @dataclass(frozen=True, slots=True)

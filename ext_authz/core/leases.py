@@ -1,9 +1,9 @@
 """Leases: which decisions Envoy may repeat without asking again, and for how long. Pure.
 
 A lease is safe for three reasons. Its key is the exact text of everything that the decision read; a decision that
-reads more than the key can hold gets no lease. It ends when the caller's token ends, or earlier. And everything else
-that a decision depends on, the policy and the keys, is the epoch: the filter accepts only leases of its own epoch, and
-the next epoch brings a new filter, which starts empty.
+reads more than the key can hold gets no lease. It ends no later than the caller's token. And everything else that a
+decision depends on, the policy and the keys, is the epoch: the filter accepts only leases of its own epoch, and the
+next epoch brings a new filter, which starts empty.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Policy:
     `leeway` is in seconds. `forward_token` passes the caller's token on to the experts. `lease` is how many seconds
     Envoy may repeat a decision, 0: not at all; an expert's own `lease` overrides it.
     `claims_read` are the claims that conditions may read; None: any. `tiers_cached` caches the result of `clearance` by
-    the text of those claims. The result depends on nothing else but the policy, so an entry never goes stale.
+    the text of those claims. The policy alone determines the result, so an entry never goes stale.
     """
 
     tiers: tuple[str, ...]

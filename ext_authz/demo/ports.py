@@ -1,4 +1,4 @@
-"""Loopback ports for the demo."""
+"""Free loopback ports for the demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOST = "127.0.0.1"
 
 
 def check_free(port: int, advice: str) -> None:
-    """DemoError, with `advice`, if the port cannot be had."""
+    """DemoError, with `advice`, if the port is not available."""
     if port == 0:
         return
     with socket.socket() as probe:
@@ -20,18 +20,18 @@ def check_free(port: int, advice: str) -> None:
         try:
             probe.bind((HOST, port))
         except OverflowError:
-            raise DemoError(f"port {port} is not a port") from None
+            raise DemoError(f"{port} is not a valid port") from None
         except OSError as e:
-            raise DemoError(f"port {port} cannot be had ({os.strerror(e.errno or 0).lower()}): {advice}") from None
+            raise DemoError(f"port {port} is not available ({os.strerror(e.errno or 0).lower()}): {advice}") from None
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     return free_ports(1)[0]
 
 
 def free_ports(n: int) -> list[int]:
-    """Different ports that nobody listens on now."""
+    """`n` different ports that are free now."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(n)]
         for probe in probes:

@@ -1,4 +1,4 @@
-"""The counts of a process as a value, to be sent to another process and added up over several."""
+"""The counts of a process as a value, which can be sent to another process and added up."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ Refresh = Callable[[], Awaitable[None]]
 
 
 class StatusListener:
-    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port` (with port 0, `port` has the real one).
+    """Serves `report()` as JSON and `registry` as Prometheus text on `host:port`. Awaits `refresh()` before either.
 
-    It awaits `refresh()` before each of the two.
+    With port 0, `port` has the real one after `start`.
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, report: Report, refresh: Refresh) -> None:

@@ -64,7 +64,7 @@ def text(report: dict[str, Any]) -> str:
 
 def _worker(worker: dict[str, Any]) -> str:
     if not worker["serving"]:
-        return f"! worker {worker['worker']} takes no checks, replaced {worker['restarts']} times"
+        return f"! worker {worker['worker']} accepts no checks, replaced {worker['restarts']} times"
     process = f"pid {worker['pid']}, up {_age(worker['age_seconds'])}, epoch {worker['epoch']}"
     return f"worker    {worker['worker']}: {process}, {worker['checks']} checks, replaced {worker['restarts']} times"
 

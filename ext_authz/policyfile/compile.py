@@ -95,7 +95,7 @@ class Compiler:
 
     def _experts(self) -> Iterator[Expert]:
         owners: dict[str, str] = {}
-        for name, entry in self._whole("experts"):
+        for name, entry in self._well_formed("experts"):
             path = ("experts", name)
             tier = self._tier(entry.tier, (*path, "tier"))
             self._once((*path, "endpoints"), map(values.address, entry.endpoints))
@@ -138,7 +138,7 @@ class Compiler:
                 self._add((*path, index), f"expert {quoted(other)} {needs}")
 
     def _clearance(self) -> Iterator[ClearanceRule]:
-        for index, rule in self._whole("clearance"):
+        for index, rule in self._well_formed("clearance"):
             path = ("clearance", index)
             tier = self._tier(rule.tier, (*path, "tier"))
             if when := self._condition(rule.when, (*path, "when"), frozenset({"claims"})):
@@ -146,7 +146,7 @@ class Compiler:
 
     def _gate(self) -> Iterator[GateRule]:
         earlier: list[tuple[int, GateRule]] = []
-        for index, entry in self._whole("gate"):
+        for index, entry in self._well_formed("gate"):
             path = ("gate", index)
             self._known((*path, "default"), entry.default)
             rule = GateRule(
@@ -165,7 +165,7 @@ class Compiler:
 
     def _issuers(self) -> Iterator[Issuer]:
         seen: set[str] = set()
-        for index, entry in self._whole("issuers"):
+        for index, entry in self._well_formed("issuers"):
             path = ("issuers", index)
             if entry.issuer in seen:
                 self._add((*path, "issuer"), f"issuer {quoted(entry.issuer)} is defined twice")
@@ -247,7 +247,7 @@ class Compiler:
                 self._add((*path, index), f"{quoted(item)} is listed twice")
             seen.add(item)
 
-    def _whole(self, section: str) -> Iterator[tuple[Any, Any]]:
+    def _well_formed(self, section: str) -> Iterator[tuple[Any, Any]]:
         """The entries of a section that are well formed, each with its key or index."""
         items = getattr(self._file, section)
         entries = items.items() if isinstance(items, dict) else enumerate(items)

@@ -1,1 +1,1 @@
-"""What people do with a policy before and after it is live: explain, test, diff, replay, shadow."""
+"""Tools for policies before and after they are live: explain, test, diff, replay, shadow."""

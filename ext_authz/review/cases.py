@@ -1,6 +1,6 @@
-"""The test cases beside a policy: each a caller, what it asks for, and the decision to expect.
+"""Test cases for a policy: each has a caller, what it asks for, and the expected decision.
 
-Source of the format: docs/changing-policy.md.
+Format: docs/changing-policy.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _claims(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
-        raise ValueError("expected claims as JSON can hold them, without `.inf` and `.nan`") from None
+        raise ValueError("expected claims that JSON can represent, without `.inf` and `.nan`") from None
     return value
 
 
@@ -54,7 +54,7 @@ Names = Annotated[list[Name], Field(max_length=gate.MAX_NAMES)]
 Claims = Annotated[dict[str, Any], AfterValidator(_claims)]
 
 
-class Ask(schema.Form):
+class CaseRequest(schema.Form):
     """A request that goes through the gate."""
 
     method: Annotated[str, Field(min_length=1, max_length=64)] = "POST"
@@ -62,7 +62,7 @@ class Ask(schema.Form):
     headers: Annotated[dict[str, str], Field(max_length=100)] = Field(default_factory=dict)
     body: str = ""
     payload: Annotated[Any, Field(alias="json")] = None
-    """The body, as a value to be written as JSON."""
+    """The body, as a value to serialise as JSON."""
 
     @model_validator(mode="after")
     def _one_body(self) -> Self:
@@ -70,37 +70,37 @@ class Ask(schema.Form):
             raise ValueError("at most one of `body` and `json` is allowed, found both")
         return self
 
-    def sent(self, more: Mapping[str, str]) -> Request:
-        """As Envoy would show it, with the headers `more`."""
+    def as_sent(self, extra: Mapping[str, str]) -> Request:
+        """The request as Envoy would pass it on, with the `extra` headers."""
         body = json.dumps(self.payload) if "payload" in self.model_fields_set else self.body
         headers = {name.lower(): value for name, value in self.headers.items()}
-        return Request(self.method, self.path, {**headers, **more}, body.encode())
+        return Request(self.method, self.path, {**headers, **extra}, body.encode())
 
 
 class Expect(schema.Form):
-    """What must come of it; what is left out is not looked at."""
+    """The expected decision. Keys that are left out are not checked."""
 
     verdict: Literal["allow", "downgrade", "deny"]
     experts: Names = Field(default_factory=list)
     """The candidates, in order."""
     reason: Annotated[str, AfterValidator(_reason)] = ""
     tier: values.TierName = ""
-    """The caller's."""
+    """The caller's tier."""
 
 
 class Case(schema.Form):
-    """One caller, what it asks for, and what it must get."""
+    """One caller, what it asks for, and the expected decision."""
 
     name: values.Text
     claims: Claims = Field(default_factory=dict)
-    """Those of the caller's token."""
+    """The claims of the caller's token."""
     anonymous: Annotated[bool, AfterValidator(_true)] = False
     """The caller has no token."""
     experts: Names = Field(default_factory=list)
-    """What is asked for, past the gate."""
-    request: Ask | None = None
+    """The experts asked for, without going through the gate."""
+    request: CaseRequest | None = None
     downgrade: bool = True
-    """Whether the client takes a lesser expert."""
+    """Whether the client accepts a downgrade."""
     expect: Expect
 
     @model_validator(mode="after")
@@ -109,12 +109,12 @@ class Case(schema.Form):
         self._exactly_one("experts", "request")
         return self
 
-    def asked(self) -> Request | None:
-        """The request that goes through the gate, if there is one."""
+    def gate_request(self) -> Request | None:
+        """The request that goes through the gate; None if the case names its experts itself."""
         if self.request is None:
             return None
-        told = {} if self.downgrade else {DOWNGRADE: "never"}
-        return self.request.sent(told)
+        extra = {} if self.downgrade else {DOWNGRADE: "never"}
+        return self.request.as_sent(extra)
 
 
 class File(schema.Form):
@@ -126,13 +126,13 @@ class File(schema.Form):
 
 
 _FORMS: dict[tuple[str, ...], type[schema.Form]] = {
-    (): File, ("cases",): Case, ("cases", "request"): Ask, ("cases", "expect"): Expect,
+    (): File, ("cases",): Case, ("cases", "request"): CaseRequest, ("cases", "expect"): Expect,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The cases of one file, with the policy that they are for. `lines` are where the cases stand."""
+    """The cases of one file, and the policy that they test. `lines` are the line numbers of the cases."""
 
     path: Path
     policy_path: Path
@@ -142,7 +142,7 @@ class Suite:
 
 
 def find(path: Path) -> list[Path]:
-    """The file itself, or the test files below a folder, hidden ones aside."""
+    """The file itself, or all test files below a folder except hidden ones."""
     if not path.is_dir():
         return [path]
     below = (p for p in path.rglob(PATTERN) if p.is_file())
@@ -150,14 +150,14 @@ def find(path: Path) -> list[Path]:
 
 
 def load(path: Path) -> Suite:
-    """The cases in the file at `path`, and their policy; PolicyError if either cannot be used."""
+    """The cases in the file at `path`, and their policy. PolicyError if either is invalid."""
     mistakes = Mistakes(str(path))
     source = yaml_source.read(yaml_source.file_bytes(path), mistakes)
     cases = _validated(source, mistakes)
     mistakes.finish()
     policy_path = path.parent / cases.policy
     policy = load_policy(policy_path)
-    _refer(cases, policy, source, mistakes)
+    _check_names(cases, policy, source, mistakes)
     mistakes.finish()
     lines = tuple(source.at(("cases", index))[0] for index in range(len(cases.cases)))
     return Suite(path, policy_path, policy, tuple(cases.cases), lines)
@@ -177,7 +177,7 @@ def _validated(source: Source, mistakes: Mistakes) -> File:
         if about not in source.places.spoiled:
             mistakes.add(at, path, _explained(error, source.found(path, error["input"])))
     mistakes.finish()
-    raise AssertionError("a spoiled value is a mistake already")
+    raise AssertionError("a spoiled value has already been reported")
 
 
 def _explained(error: ErrorDetails, found: str) -> str:
@@ -188,8 +188,8 @@ def _explained(error: ErrorDetails, found: str) -> str:
     return "unknown key" + suggestion(str(key), [f.alias or name for name, f in form.model_fields.items()])
 
 
-def _refer(file: File, policy: Policy, source: Source, mistakes: Mistakes) -> None:
-    """Names that the policy does not have, and cases of one name."""
+def _check_names(file: File, policy: Policy, source: Source, mistakes: Mistakes) -> None:
+    """Report names that the policy does not have, and cases with the same name."""
     seen: set[str] = set()
     for index, case in enumerate(file.cases):
         path: yaml_source.Place = ("cases", index)

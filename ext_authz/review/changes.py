@@ -1,6 +1,6 @@
-"""What a new policy grants and takes away, as far as the two texts tell. Pure.
+"""What a new policy grants and takes away, as far as the texts of both policies show. Pure.
 
-Each change is judged by whom it lets in: what anybody may reach that they could not before makes it WIDER.
+A change is WIDER if it lets any caller reach an expert that the caller could not reach before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Reach = frozenset[str]
 
 
 class Effect(StrEnum):
-    """Who may reach more by it: somebody, nobody, nobody (and it takes no rights either), or only callers can tell."""
+    """The effect of a change on callers' rights. UNCLEAR: it depends on the callers."""
 
     WIDER = "wider"
     NARROWER = "narrower"
@@ -28,7 +28,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change; `path` is the place in the policy file, or a tier."""
+    """One change. `path` is a path in the policy file, or a tier."""
 
     effect: Effect
     path: str
@@ -36,7 +36,7 @@ class Change:
 
 
 def changes(old: Policy, new: Policy) -> tuple[Change, ...]:
-    """Every change from `old` to `new`, those of rights first."""
+    """All changes from `old` to `new`, changes of rights first."""
     return (
         *_tiers(old, new),
         *_anonymous(old, new),
@@ -50,7 +50,7 @@ def changes(old: Policy, new: Policy) -> tuple[Change, ...]:
 
 
 def _reach(policy: Policy, tier: int | None) -> Reach:
-    """The experts that a tier may reach, `allow` rules aside; None: no callers, no experts."""
+    """The experts that a tier may reach, ignoring `allow` rules. For None, which stands for no callers: no experts."""
     return frozenset(e.name for e in policy.experts.values() if tier is not None and e.tier <= tier)
 
 
@@ -84,7 +84,7 @@ def _anonymous(old: Policy, new: Policy) -> Iterator[Change]:
 def _clearance(old: Policy, new: Policy) -> Iterator[Change]:
     if old.tiers[0] != new.tiers[0] and (old.issuers or new.issuers):
         effect = _effect(_reach(old, 0), _reach(new, 0))
-        yield Change(effect, "clearance", f"whom no rule matches: {old.tiers[0]} → {new.tiers[0]}")
+        yield Change(effect, "clearance", f"if no rule matches: {old.tiers[0]} → {new.tiers[0]}")
     if [r.when.source for r in old.clearance] == [r.when.source for r in new.clearance]:
         for index, (was, now) in enumerate(zip(old.clearance, new.clearance, strict=True)):
             if old.tiers[was.tier] != new.tiers[now.tier]:
@@ -98,7 +98,7 @@ def _clearance(old: Policy, new: Policy) -> Iterator[Change]:
 def _expert(old: Policy, new: Policy, name: str) -> Iterator[Change]:
     path, was, now = f"experts.{name}", old.experts.get(name), new.experts.get(name)
     if was is None or now is None:
-        # Who may reach it is told with the tiers; here is only what nobody could ask for, or nobody can any more.
+        # Neutral here: the change of each tier's reach shows who gains or loses it.
         yield Change(Effect.NEUTRAL, path, "is new" if now else "is gone")
         return
     before, after = old.tiers[was.tier], new.tiers[now.tier]
@@ -112,7 +112,7 @@ def _expert(old: Policy, new: Policy, name: str) -> Iterator[Change]:
     changed = [k for k in ("endpoints", "weight", "lease", "unavailable") if getattr(was, k) != getattr(now, k)]
     changed += [f.name for f in fields(was.traffic) if getattr(was.traffic, f.name) != getattr(now.traffic, f.name)]
     if changed:
-        yield Change(Effect.NEUTRAL, path, f"other {', '.join(changed)}")
+        yield Change(Effect.NEUTRAL, path, f"changed {', '.join(changed)}")
 
 
 def _allow(path: str, was: Expert, now: Expert) -> Iterator[Change]:
@@ -126,9 +126,9 @@ def _issuers(old: Policy, new: Policy) -> Iterator[Change]:
     for name in {**old.issuers, **new.issuers}:
         path, was, now = f"issuers {name}", old.issuers.get(name), new.issuers.get(name)
         if was is None:
-            yield Change(Effect.WIDER, path, "is trusted")
+            yield Change(Effect.WIDER, path, "is now trusted")
         elif now is None:
-            yield Change(Effect.NARROWER, path, "is not trusted any more")
+            yield Change(Effect.NARROWER, path, "is no longer trusted")
         elif was != now:
             yield from _issuer(path, was, now)
 
@@ -142,14 +142,14 @@ def _issuer(path: str, was: Issuer, now: Issuer) -> Iterator[Change]:
             text = f"{_list(sorted(before))} → {_list(sorted(after))}"
             yield Change(_effect(before, after), f"{path} {what}", text)
     if (was.jwks, was.secret_file) != (now.jwks, now.secret_file):
-        yield Change(Effect.UNCLEAR, path, "keys come from elsewhere, or otherwise")
+        yield Change(Effect.UNCLEAR, path, "the source of its keys changed")
 
 
 def _revoked(old: Policy, new: Policy) -> Iterator[Change]:
     was, now = old.revoked, new.revoked
     for what, before, after in (("jti", was.jti, now.jti), ("sub", was.sub, now.sub)):
         if before != after:
-            text = f"{len(after - before)} more, {len(before - after)} no longer"
+            text = f"{len(after - before)} added, {len(before - after)} removed"
             yield Change(_effect(after, before), f"revoked.{what}", text)
     if was.issued_before != now.issued_before:
         later = (now.issued_before or -inf) > (was.issued_before or -inf)
@@ -192,11 +192,11 @@ def _rest(old: Policy, new: Policy) -> Iterator[Change]:
 
 
 def _edited(path: str, old: Sequence[str], new: Sequence[str], effect: Effect) -> Iterator[Change]:
-    """The rules taken out and put in, with their numbers."""
+    """The rules removed and added, with their indexes."""
     for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if kind != "equal":
-            yield from (Change(effect, f"{path}[{i}]", f"out: {old[i]}") for i in range(a, b))
-            yield from (Change(effect, f"{path}[{i}]", f"in: {new[i]}") for i in range(c, d))
+            yield from (Change(effect, f"{path}[{i}]", f"removed: {old[i]}") for i in range(a, b))
+            yield from (Change(effect, f"{path}[{i}]", f"added: {new[i]}") for i in range(c, d))
 
 
 def _names(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which parts of a policy its test cases touched."""
+"""Which parts of a policy its test cases cover."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from ext_authz.core.policy import Policy
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the policy that a case can touch, and what that takes."""
+    """A part of the policy that a case can cover. `gap` says what is missing while no case covers it."""
 
     path: str
     line: int
-    takes: str
+    gap: str
 
 
 class Coverage:
-    """Counts what cases touch: experts named or offered, clearance rules that gave a tier, `allow` rules that judged,
-    `downgrade_to` entries that stood in, gate rules that read a request."""
+    """Collects what the cases cover: experts asked for or offered, clearance rules that gave a tier, `allow` rules that
+    were evaluated, `downgrade_to` entries that were used, gate rules that read a request."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._parts = {part.path: part for part in _parts(policy)}
-        self._touched: set[str] = set()
+        self._covered: set[str] = set()
 
     def add(self, caller: Identity | Refusal, request: Request | None, decision: Decision) -> None:
-        """One case: its caller, the request that went through the gate if there was one, and what came of it."""
+        """Add one case: its caller, its request if one went through the gate, and its decision."""
         if isinstance(caller, Refusal):
             return
         self._clearance(caller)
         if request is not None:
             number = next((n for n, rule in enumerate(self._policy.gate) if rule.covers(request.path)), None)
-            self._touched.add(f"gate[{number}]")
+            self._covered.add(f"gate[{number}]")
         self._experts(caller, decision)
 
     @property
     def missed(self) -> list[Part]:
-        """What no case touched, in the order of the file."""
-        return sorted((p for p in self._parts.values() if p.path not in self._touched), key=lambda p: (p.line, p.path))
+        """The parts that no case covers, in the order of the file."""
+        return sorted((p for p in self._parts.values() if p.path not in self._covered), key=lambda p: (p.line, p.path))
 
     @property
     def total(self) -> int:
@@ -57,32 +57,32 @@ class Coverage:
         variables = context(claims_read(self._policy, caller.claims))
         for rule in self._policy.clearance:
             if rule.when.holds(variables) is Truth.YES:
-                self._touched.add(rule.when.where)
+                self._covered.add(rule.when.where)
                 return
 
     def _experts(self, caller: Identity, decision: Decision) -> None:
         experts = self._policy.experts
-        self._touched.update(f"experts.{name}" for name in (*decision.requested, *decision.serve))
-        judged = dict.fromkeys(decision.requested)
-        if len(decision.struck) == len(decision.requested):  # nobody asked for may serve: the stand-ins are judged
+        self._covered.update(f"experts.{name}" for name in (*decision.requested, *decision.serve))
+        evaluated = dict.fromkeys(decision.requested)
+        if len(decision.struck) == len(decision.requested):  # no requested expert may serve: the stand-ins are tried
             for name in decision.requested:
-                judged |= dict.fromkeys(experts[name].downgrade_to)
-                for place, other in enumerate(experts[name].downgrade_to):
+                evaluated |= dict.fromkeys(experts[name].downgrade_to)
+                for index, other in enumerate(experts[name].downgrade_to):
                     if other in decision.serve:
-                        self._touched.add(f"experts.{name}.downgrade_to[{place}]")
-        self._touched.update(f"experts.{name}.allow" for name in judged if experts[name].tier <= caller.tier)
+                        self._covered.add(f"experts.{name}.downgrade_to[{index}]")
+        self._covered.update(f"experts.{name}.allow" for name in evaluated if experts[name].tier <= caller.tier)
 
 
 def _parts(policy: Policy) -> list[Part]:
-    parts = [Part(r.when.where, r.when.line, "no case's caller gets its tier by it") for r in policy.clearance]
+    parts = [Part(r.when.where, r.when.line, "no case's caller gets its tier from it") for r in policy.clearance]
     for name, expert in policy.experts.items():
         path = f"experts.{name}"
         parts.append(Part(path, expert.line, "no case asks for it or is offered it"))
         if expert.allow is not None:
-            parts.append(Part(f"{path}.allow", expert.allow.line, "no case is judged by it"))
+            parts.append(Part(f"{path}.allow", expert.allow.line, "no case evaluates it"))
         parts += [
-            Part(f"{path}.downgrade_to[{place}]", expert.line, f"{other} stands in for it in no case")
-            for place, other in enumerate(expert.downgrade_to)
+            Part(f"{path}.downgrade_to[{index}]", expert.line, f"no case downgrades to {other}")
+            for index, other in enumerate(expert.downgrade_to)
         ]
-    given = [(number, rule) for number, rule in enumerate(policy.gate) if rule.line]  # the default one has no line
-    return parts + [Part(f"gate[{n}]", rule.line, "no case's request goes through it") for n, rule in given]
+    written = [(number, rule) for number, rule in enumerate(policy.gate) if rule.line]  # the default rule has no line
+    return parts + [Part(f"gate[{n}]", rule.line, "no case's request goes through it") for n, rule in written]

@@ -1,4 +1,4 @@
-"""`srp diff`: what a new policy would change, by its text and by the decisions that were really made."""
+"""`srp diff`: what a new policy would change, judged by its text and by logged decisions."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from ext_authz.observe.decision_record import Record
 from ext_authz.policyfile.parse import load_policy, parse_policy
 from ext_authz.policyfile.source import MAX_BYTES, printable
 from ext_authz.review.changes import Change, Effect, changes
-from ext_authz.review.reads import Cause, Unknown
+from ext_authz.review.reads import Cause, NotReplayable
 from ext_authz.review.replay import Replay, Replayed
 
 MAX_LINE = 1024 * 1024  # bytes of a record
-EXAMPLES = 3  # records shown of each kind
-STEP = 1000  # records between two calls of `progress`
+EXAMPLES = 3  # records shown for each kind of difference
+STEP = 1000  # records between calls of `progress`
 
-Progress = Callable[[int, int], None]  # bytes read, bytes in all
+Progress = Callable[[int, int], None]  # bytes read, bytes in total
 
 
 @dataclass(slots=True)
 class Totals:
-    """What came of the records of a log. `corrupt` holds the places of lines that are no records, `FILE:LINE`."""
+    """The results of replaying a log. `corrupt` lines are not records; `corrupt_at` has the first, as `FILE:LINE`."""
 
     records: int = 0
     seconds: float = 0.0
     differences: Counter[Difference] = field(default_factory=Counter)
     widening: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
-    unknown: Counter[tuple[Cause, str]] = field(default_factory=Counter)
+    not_replayable: Counter[tuple[Cause, str]] = field(default_factory=Counter)
     corrupt: int = 0
     corrupt_at: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing that a caller was told after the gate is left to guess."""
-        return not self.corrupt and all(cause is Cause.EARLY for cause, _ in self.unknown)
+        """Whether every record of a decision after the gate was replayed."""
+        return not self.corrupt and all(cause is Cause.EARLY for cause, _ in self.not_replayable)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyDiff:
-    """The changes from the policy `old` to `new` (digests), and what they would have done to a log's decisions."""
+    """The changes from the policy `old` to `new` (digests), and how they would have changed logged decisions."""
 
     old: str
     new: str
@@ -55,36 +55,36 @@ class PolicyDiff:
     replayed: Totals | None = None
 
     def widens(self) -> list[str]:
-        """Why this counts as widening, a line each; empty if it does not.
+        """The reasons why this counts as widening, one line each; empty if it does not.
 
-        What only callers can tell counts, too, unless a log told it: every record that got past the gate replayed.
+        An unclear change counts as well, unless a log settles it: every record of a decision after the gate replayed.
         """
-        told = self.replayed is not None and self.replayed.complete and bool(self.replayed.differences)
+        settled = self.replayed is not None and self.replayed.complete and bool(self.replayed.differences)
         reasons = [
             f"{c.path}: {c.text}"
             for c in self.changes
-            if c.effect is Effect.WIDER or (c.effect is Effect.UNCLEAR and not told)
+            if c.effect is Effect.WIDER or (c.effect is Effect.UNCLEAR and not settled)
         ]
         if self.replayed is not None and self.replayed.widening:
             reasons.append(f"{self.replayed.widening:,} logged decisions widen")
         return reasons
 
     def text(self) -> str:
-        """For people."""
+        """The result as text for people."""
         rows = [f"policy {self.old} → {self.new}"]
         rows += [
             f"  {c.effect.value:<9} {c.path}: {printable(c.text, 400)}" for c in sorted(self.changes, key=_by_effect)
         ]
         if not self.changes:
-            rows.append("  no change but of comments or form" if self.old != self.new else "  the same file")
-        return "\n".join([*rows, *(_told(self.replayed) if self.replayed else ())])
+            rows.append("  only comments or formatting" if self.old != self.new else "  the files are identical")
+        return "\n".join([*rows, *(_totals(self.replayed) if self.replayed else ())])
 
     def as_json(self) -> dict[str, Any]:
-        """The same for programs."""
+        """The result for programs."""
         replayed = self.replayed
-        told: dict[str, Any] = {"old": self.old, "new": self.new, "changes": [asdict(c) for c in self.changes]}
+        result: dict[str, Any] = {"old": self.old, "new": self.new, "changes": [asdict(c) for c in self.changes]}
         if replayed is not None:
-            told["decisions"] = {
+            result["decisions"] = {
                 "records": replayed.records,
                 "seconds": round(replayed.seconds, 3),
                 "differences": {d.value: replayed.differences[d] for d in Difference},
@@ -92,12 +92,12 @@ class PolicyDiff:
                 "examples": replayed.examples,
                 "not_replayable": [
                     {"cause": cause.value, "detail": detail, "records": n}
-                    for (cause, detail), n in replayed.unknown.most_common()
+                    for (cause, detail), n in replayed.not_replayable.most_common()
                 ],
                 "corrupt": {"lines": replayed.corrupt, "first": replayed.corrupt_at},
             }
-        told["widens"] = self.widens()
-        return told
+        result["widens"] = self.widens()
+        return result
 
 
 def _by_effect(change: Change) -> int:
@@ -105,9 +105,9 @@ def _by_effect(change: Change) -> int:
 
 
 def load(old: Path, new: Path) -> tuple[Policy, Policy]:
-    """Both policies, as two versions of one file: what they name by a relative path is looked for beside `new`.
+    """Both policies, as two versions of one file: relative paths in both start in the folder of `new`.
 
-    PolicyError if either cannot be used.
+    PolicyError if either is invalid, OSError if `old` cannot be read.
     """
     with old.open("rb") as file:
         text = file.read(MAX_BYTES + 1)
@@ -117,7 +117,7 @@ def load(old: Path, new: Path) -> tuple[Policy, Policy]:
 def compare(
     old: Policy, new: Policy, logs: Sequence[Path] = (), progress: Progress = lambda done, of: None
 ) -> PolicyDiff:
-    """What changes from `old` to `new`; OSError if a log cannot be read, ValueError if one is no log of decisions."""
+    """The changes from `old` to `new`. OSError if a log cannot be read, ValueError if one is not a decision log."""
     replayed = _replay(Replay(old, new), logs, progress) if logs else None
     return PolicyDiff(old.digest, new.digest, changes(old, new), replayed)
 
@@ -143,14 +143,14 @@ def _replay(replay: Replay, logs: Sequence[Path], progress: Progress) -> Totals:
                 continue
             _count(found, record, replay(record))
         if number and found.records - found.corrupt == before:
-            raise ValueError(f"{log} is no log of decisions: not one of its lines is a record")
+            raise ValueError(f"{log} is not a decision log: none of its lines is a record")
     progress(total, total)
     found.seconds = time.perf_counter() - began
     return found
 
 
 def _lines(log: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines and their numbers; of one that is too long, only a part, which is no record."""
+    """The line numbers and lines. A line that is too long is truncated, so it is not a record."""
     with log.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE):
@@ -160,9 +160,9 @@ def _lines(log: Path) -> Iterator[tuple[int, bytes]]:
                 line = file.readline(MAX_LINE)
 
 
-def _count(found: Totals, record: Record, outcome: Replayed | Unknown) -> None:
-    if isinstance(outcome, Unknown):
-        found.unknown[outcome.cause, outcome.detail] += 1
+def _count(found: Totals, record: Record, outcome: Replayed | NotReplayable) -> None:
+    if isinstance(outcome, NotReplayable):
+        found.not_replayable[outcome.cause, outcome.detail] += 1
         return
     found.differences[outcome.difference] += 1
     found.widening += outcome.widening
@@ -174,7 +174,7 @@ def _count(found: Totals, record: Record, outcome: Replayed | Unknown) -> None:
 
 def _example(record: Record, outcome: Replayed) -> str:
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.time))
-    asked = "nobody" if record.requested is None else printable(", ".join(record.requested), 80)
+    asked = "no expert" if record.requested is None else printable(", ".join(record.requested), 80)
     wider = " (widening)" if outcome.widening else ""
     return f"{when} {printable(record.decision_id)} asks {asked}: {_shown(outcome.old)} → {_shown(outcome.new)}{wider}"
 
@@ -184,17 +184,17 @@ def _shown(decision: Decision) -> str:
     return tier + (", ".join(decision.serve) if decision.serve else f"{decision.status} {decision.reason.value}")
 
 
-def _told(replayed: Totals) -> Iterator[str]:
+def _totals(replayed: Totals) -> Iterator[str]:
     yield f"decisions {replayed.records:,} read in {replayed.seconds:.1f} s"
     for kind in Difference:
         if n := replayed.differences[kind]:
             yield f"  {n:>9,} {kind}"
             yield from (f"            {example}" for example in replayed.examples.get(kind.value, ()))
     yield f"  {replayed.widening:>9,} of them widening"
-    unknown = sum(replayed.unknown.values())
-    if unknown:
-        yield f"not replayed {unknown:,}"
-        for (cause, detail), n in replayed.unknown.most_common():
+    not_replayed = sum(replayed.not_replayable.values())
+    if not_replayed:
+        yield f"not replayed {not_replayed:,}"
+        for (cause, detail), n in replayed.not_replayable.most_common():
             yield f"  {n:>9,} {cause.value}{f': {printable(detail, 200)}' if detail else ''}"
     if replayed.corrupt:
         yield f"corrupt {replayed.corrupt:,} lines, the first at {', '.join(replayed.corrupt_at)}"

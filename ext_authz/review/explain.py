@@ -1,4 +1,4 @@
-"""`srp explain`: why a caller may or may not reach each expert, and which line of the policy says so."""
+"""`srp explain`: why a caller may or may not reach each expert, and which line of the policy decides it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ext_authz.sources.keys import KeyStore
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One expert asked for: `kept`, or struck for `reason`; `rule` and `line` are the place in the policy."""
+    """One expert: `kept`, or struck for `reason`. `rule` and `line` are the path and line number in the policy."""
 
     expert: str
     kept: bool
@@ -40,7 +40,7 @@ class Explanation:
     condition_errors: tuple[str, ...]
 
     def text(self) -> str:
-        """For people: the caller, each expert on a line, the verdict last."""
+        """The explanation for people: the caller, one line per expert, and the verdict last."""
         width = max((len(line.expert) for line in self.lines), default=0)
         rows = [f"caller    tier {self.tier} ({self.tier_rule})"]
         for line in self.lines:
@@ -52,7 +52,7 @@ class Explanation:
 
 
 def by_token(policy: Policy, token: str) -> Identity | Refusal:
-    """The caller that `token` proves now, with keys loaded from where the policy says."""
+    """The caller that `token` identifies now, verified with keys that are loaded as the policy says."""
 
     async def loaded() -> identity.Keys:
         store = KeyStore()
@@ -66,7 +66,7 @@ def by_token(policy: Policy, token: str) -> Identity | Refusal:
 
 
 def by_claims(policy: Policy, claims: Claims) -> Identity:
-    """The caller that a verified token with `claims` would be."""
+    """The caller that a verified token with `claims` would identify."""
     tier, errors = clearance(policy, claims)
     return Identity(tier, str(claims.get("sub", "")), str(claims.get("iss", "")), claims, errors=errors)
 
@@ -74,7 +74,7 @@ def by_claims(policy: Policy, claims: Claims) -> Identity:
 def explain(
     policy: Policy, caller: Identity, experts: Iterable[str], request: Request, downgrade: bool = True
 ) -> Explanation:
-    """The decision of `decide`, line by line; downgrade targets that came in are shown as kept."""
+    """The decision of `decide`, line by line. Downgrade targets that are offered are shown as kept."""
     decision = decide(policy, caller, experts, request, downgrade)
     return Explanation(
         decision.verdict.value, decision.reason.value, decision.serve, policy.tiers[caller.tier],

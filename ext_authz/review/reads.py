@@ -1,4 +1,4 @@
-"""What the conditions of a policy read, against what a decision record holds. Pure."""
+"""What the conditions of a policy read, and whether a decision record contains it. Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
-    """The record cannot be replayed; `detail` names what is missing."""
+class NotReplayable:
+    """The record cannot be replayed. `detail` names what is missing."""
 
     cause: Cause
     detail: str = ""
@@ -33,7 +33,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What one condition reads; `where` is its place in the policy."""
+    """What one condition reads. `where` is its path in the policy."""
 
     where: str
     claims: Members
@@ -43,20 +43,20 @@ class Read:
     def of(cls, condition: Condition) -> Read:
         return cls(condition.where, members(condition, "claims"), members(condition, "request"))
 
-    def missing(self, record: Record) -> Unknown | None:
-        """An anonymous caller has no claims, which is all there is to know of them."""
+    def missing(self, record: Record) -> NotReplayable | None:
+        """What the record lacks. An anonymous caller has no claims, so no claim is missing."""
         if self.claims is None and not record.anonymous:
-            return Unknown(Cause.CLAIMS, f"{self.where} may read any claim")
+            return NotReplayable(Cause.CLAIMS, f"{self.where} may read any claim")
         if lacking := sorted(c for c in self.claims or () if not record.knows(c)):
-            return Unknown(Cause.CLAIMS, f"{self.where} reads claims.{lacking[0]}")
+            return NotReplayable(Cause.CLAIMS, f"{self.where} reads claims.{lacking[0]}")
         known = {"method", "path"} if record.path is not None else {"method"}
         if self.request is None or not self.request <= known:
-            return Unknown(Cause.REQUEST, f"{self.where} reads more than method and path")
+            return NotReplayable(Cause.REQUEST, f"{self.where} reads more than method and path")
         return None
 
 
 class Reads:
-    """What the conditions of one policy read of callers and requests, worked out once."""
+    """What the conditions of one policy read of callers and requests, computed once."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -64,18 +64,18 @@ class Reads:
         self._allow = {e.name: Read.of(e.allow) for e in policy.experts.values() if e.allow is not None}
 
     def claims(self, record: Record) -> Members:
-        """The claims that can matter to the record; None if it may be any."""
-        every = [read.claims for read in self._concerning(record)]
+        """The claims that can affect the record's decision; None if any claim can."""
+        every = [read.claims for read in self._relevant(record)]
         return None if None in every else frozenset(name for names in every for name in names or ())
 
-    def missing(self, record: Record) -> Unknown | None:
-        """What the record would have to hold as well."""
-        return next((unknown for read in self._concerning(record) if (unknown := read.missing(record))), None)
+    def missing(self, record: Record) -> NotReplayable | None:
+        """What the record lacks for a replay under this policy; None if nothing."""
+        return next((missing for read in self._relevant(record) if (missing := read.missing(record))), None)
 
-    def _concerning(self, record: Record) -> list[Read]:
+    def _relevant(self, record: Record) -> list[Read]:
         return self.allow(record) if record.anonymous else [*self._clearance, *self.allow(record)]
 
     def allow(self, record: Record) -> list[Read]:
-        """Of the `allow` rules, those that can judge the record: of experts asked for and their stand-ins."""
+        """The `allow` rules that can apply to the record: those of the experts asked for and of their stand-ins."""
         asked = [self._policy.experts[n] for n in record.requested or () if n in self._policy.experts]
         return [self._allow[n] for e in asked for n in (e.name, *e.downgrade_to) if n in self._allow]

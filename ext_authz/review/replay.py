@@ -1,7 +1,7 @@
-"""One logged decision made again under two policies: what would differ, or why that cannot be told. Pure.
+"""Replays a logged decision under two policies: how they differ, or why that is unknown. Pure.
 
-Nothing is guessed. Where a policy reads what the record does not hold, the record is not replayed. That the caller's
-token was good is taken from the log, unless the two policies disagree about it.
+Nothing is guessed. If a policy reads something that the record lacks, the record is not replayed. The replay trusts the
+log that the caller's token was valid, unless the two policies may disagree about the token.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ext_authz.core.headers import REQUESTED_CLUSTER
 from ext_authz.core.model import Decision, Identity, Reason, Refusal, Request, refuse
 from ext_authz.core.policy import Header, Policy, Revoked
 from ext_authz.observe.decision_record import Record
-from ext_authz.review.reads import Cause, Reads, Unknown
+from ext_authz.review.reads import Cause, NotReplayable, Reads
 
-MAX_CACHED = 20_000  # records that differ
+MAX_CACHED = 20_000  # entries of each cache
 
 _T = TypeVar("_T")
 _AT_THE_GATE = frozenset({Reason.BAD_GATE, Reason.NO_EXPERTS_REQUESTED})
@@ -33,8 +33,8 @@ _UNTRUSTED = Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """Both decisions. `widening`: a denial turned to allow, or an expert offered that the old policy kept from the
-    caller."""
+    """Both decisions. `widening`: a denial became an allow, or the new policy offers an expert that the old policy does
+    not permit for the caller."""
 
     old: Decision
     new: Decision
@@ -43,65 +43,65 @@ class Replayed:
 
 
 class Replay:
-    """Replays records under `old` and `new`. Records that are alike are decided once."""
+    """Replays records under `old` and `new`. Equivalent records are decided once."""
 
     def __init__(self, old: Policy, new: Policy) -> None:
         self._old, self._new = old, new
         self._reads = tuple(Reads(p) for p in (old, new))
-        self._alike = _same_gates(old, new)
-        # Where a request came from matters only if the two policies could read it differently.
-        self._by_request = not self._alike or old.reads_request or new.reads_request
+        self._same_gates = _same_gates(old, new)
+        # Method and path matter only if the gates differ or a condition reads the request.
+        self._by_request = not self._same_gates or old.reads_request or new.reads_request
         self._token_claims = _token_claims(old, new)
         self._issuers = {let_in: _changed_issuers(old, new, let_in) for let_in in (False, True)}
         self._revocations = {let_in: _changed_revocations(old.revoked, new.revoked, let_in) for let_in in (False, True)}
-        self._concerns: dict[Any, _Concern] = {}
-        self._known: dict[Any, Replayed | Unknown] = {}
+        self._relevant: dict[Any, _Relevant] = {}
+        self._replayed: dict[Any, Replayed | NotReplayable] = {}
         self._decided: dict[Any, Replayed] = {}
 
-    def __call__(self, record: Record) -> Replayed | Unknown:
-        """What comes of the record under both."""
+    def __call__(self, record: Record) -> Replayed | NotReplayable:
+        """The record's decisions under both policies."""
         of_old = record.policy == self._old.digest
         key = (
             record.requested, record.anonymous, record.downgrade, self._claims_of(record), of_old,
             record.reason in _AT_THE_GATE, (record.method, record.path) if self._by_request else None,
         )  # fmt: skip
-        found = self._known.get(key)
+        found = self._replayed.get(key)
         if found is None:
-            found = _cached(self._known, key, self._replay(record))
+            found = _cached(self._replayed, key, self._replay(record))
         if of_old and isinstance(found, Replayed) and not _reproduces(found.old, record):
-            return Unknown(Cause.OTHERWISE, "the old policy, as it is here, does not decide as it is logged")
+            return NotReplayable(Cause.OTHERWISE, "the old policy here does not reproduce the logged decision")
         return found
 
     def _claims_of(self, record: Record) -> object:
-        """What the record tells of the claims that matter to it, in a form that can be compared."""
+        """The record's claims that can affect its decision, as a hashable value."""
         if record.anonymous or record.claims is None:
             return None
-        read = self._concern(record).claims
+        read = self._relevant_to(record).claims
         if read is None:
             return repr(record.claims), record.absent
         return tuple(repr(record.claims[n]) if n in record.claims else n in record.absent for n in read)
 
-    def _concern(self, record: Record) -> _Concern:
+    def _relevant_to(self, record: Record) -> _Relevant:
         key = record.requested, record.anonymous
-        found = self._concerns.get(key)
+        found = self._relevant.get(key)
         if found is None:
             read = [reads.claims(record) for reads in self._reads]
             every = self._token_claims.union(*(names for names in read if names is not None))
             allowed = any(reads.allow(record) for reads in self._reads)
-            made = _Concern(None if None in read else tuple(sorted(every)), allowed)
-            found = _cached(self._concerns, key, made)
+            relevant = _Relevant(None if None in read else tuple(sorted(every)), allowed)
+            found = _cached(self._relevant, key, relevant)
         return found
 
-    def _replay(self, record: Record) -> Replayed | Unknown:
+    def _replay(self, record: Record) -> Replayed | NotReplayable:
         if record.requested is None and record.reason not in _AT_THE_GATE:
-            return Unknown(Cause.EARLY)
-        unknown = self._gate(record) or self._token(record) or self._conditions(record)
-        if unknown:
-            return unknown
+            return NotReplayable(Cause.EARLY)
+        missing = self._gate(record) or self._token(record) or self._conditions(record)
+        if missing:
+            return missing
         callers = _caller(self._old, record), _caller(self._new, record)
-        if self._concern(record).allow:
+        if self._relevant_to(record).allow:
             return self._outcome(record, *callers)
-        # Without an `allow` rule a decision depends on no more of the caller than this.
+        # Without an `allow` rule, a decision depends on nothing else about the caller.
         ranks = tuple(c.reason if isinstance(c, Refusal) else c.tier for c in callers)
         key = ranks, record.requested, record.downgrade, record.reason in _AT_THE_GATE
         found = self._decided.get(key)
@@ -115,40 +115,40 @@ class Replay:
         )
         return Replayed(old, new, found, widening)
 
-    def _gate(self, record: Record) -> Unknown | None:
-        """Whether the same names would be read of the request."""
-        if self._alike:
+    def _gate(self, record: Record) -> NotReplayable | None:
+        """None if both policies read the same names from the request."""
+        if self._same_gates:
             return None
         if record.path is None:
-            return Unknown(Cause.REQUEST, "path")
+            return NotReplayable(Cause.REQUEST, "path")
         old, new = (rule_for(p, record.path) for p in (self._old, self._new))
         if (old and old.source) != (new and new.source):
-            return Unknown(Cause.GATE, "other names may be read")
+            return NotReplayable(Cause.GATE, "other names may be read")
         if old and old.source == _BY_CLUSTER and self._old.clusters != self._new.clusters:
-            return Unknown(Cause.GATE, "clusters changed")
+            return NotReplayable(Cause.GATE, "clusters changed")
         if old and new and old.default != new.default:
-            # The record does not tell whether names were asked for or are the default.
+            # The record does not show whether the names were asked for or are the default.
             by_default = record.requested in (None, old.default) or record.policy != self._old.digest
-            return Unknown(Cause.GATE, "the default may apply") if by_default else None
+            return NotReplayable(Cause.GATE, "the default may apply") if by_default else None
         return None
 
-    def _token(self, record: Record) -> Unknown | None:
-        """Whether it can be told if each policy accepts the token."""
+    def _token(self, record: Record) -> NotReplayable | None:
+        """None if it is known whether each policy accepts the token."""
         if record.anonymous:
             return None
-        # Whom the old policy has let in already is of an issuer that it trusts, and not revoked by it.
+        # A caller that the old policy let in has an issuer that it trusts, and a token that it does not revoke.
         let_in = record.policy == self._old.digest
         changed = self._issuers[let_in]
         if changed and not record.knows("iss"):
-            return Unknown(Cause.ISSUERS, "needs claims.iss")
+            return NotReplayable(Cause.ISSUERS, "needs claims.iss")
         iss = (record.claims or {}).get("iss")
         if iss in changed and iss in self._old.issuers and iss in self._new.issuers:
-            return Unknown(Cause.ISSUERS, f"other tokens of {iss} may be good")
+            return NotReplayable(Cause.ISSUERS, f"other tokens of {iss} may be valid")
         lacking = next((claim for claim in self._revocations[let_in] if not record.knows(claim)), None)
-        return Unknown(Cause.REVOKED, f"needs claims.{lacking}") if lacking else None
+        return NotReplayable(Cause.REVOKED, f"needs claims.{lacking}") if lacking else None
 
-    def _conditions(self, record: Record) -> Unknown | None:
-        """Whether the record holds all that the conditions which concern it read."""
+    def _conditions(self, record: Record) -> NotReplayable | None:
+        """None if the record contains everything that its conditions read."""
         for reads in self._reads:
             missing = reads.missing(record)
             if missing:
@@ -157,8 +157,8 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True)
-class _Concern:
-    """What can matter to the records that ask for the same: the claims (None: any), and whether there are `allow`
+class _Relevant:
+    """What can affect all records that ask for the same experts: `claims` (None: any), and whether there are `allow`
     rules."""
 
     claims: tuple[str, ...] | None
@@ -166,7 +166,7 @@ class _Concern:
 
 
 def _token_claims(old: Policy, new: Policy) -> frozenset[str]:
-    """The claims that either policy judges a token by."""
+    """The claims that either policy uses to judge a token."""
     revoked = (old.revoked, new.revoked)
     read = {
         "iss": True,
@@ -178,7 +178,7 @@ def _token_claims(old: Policy, new: Policy) -> frozenset[str]:
 
 
 def _cached(cache: dict[Any, _T], key: object, value: _T) -> _T:
-    """Cache it, within bounds: a full cache is emptied."""
+    """Cache `value` and return it. A full cache is emptied first."""
     if len(cache) >= MAX_CACHED:
         cache.clear()
     cache[key] = value
@@ -186,7 +186,7 @@ def _cached(cache: dict[Any, _T], key: object, value: _T) -> _T:
 
 
 def _caller(policy: Policy, record: Record) -> Identity | Refusal:
-    """The caller as `policy` sees it; the record is known to hold what that takes."""
+    """The caller under `policy`. The record must contain everything that this needs."""
     if record.anonymous:
         return identity.anonymous(policy)
     claims: Mapping[str, Any] = record.claims or {}
@@ -218,13 +218,13 @@ def _reproduces(decision: Decision, record: Record) -> bool:
 
 
 def _changed_issuers(old: Policy, new: Policy, let_in: bool) -> frozenset[str]:
-    """The issuers that the policies treat differently, as far as that can concern the caller."""
+    """The issuers that the policies treat differently, if that can affect the caller."""
     names = old.issuers.keys() if let_in else old.issuers.keys() | new.issuers.keys()
     return frozenset(name for name in names if old.issuers.get(name) != new.issuers.get(name))
 
 
 def _changed_revocations(old: Revoked, new: Revoked, let_in: bool) -> list[str]:
-    """The claims that tell whether a token is revoked by one policy only."""
+    """The claims that decide whether only one of the policies revokes a token."""
     needed = [
         claim
         for claim, before, after in (("jti", old.jti, new.jti), ("sub", old.sub, new.sub))

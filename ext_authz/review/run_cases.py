@@ -1,6 +1,6 @@
-"""`srp test`: decide each case beside a policy, and tell which did not come out as expected.
+"""`srp test`: decides each test case of a policy, and reports which decisions differ from the expected ones.
 
-A case's caller holds a token that verifies; its claims are those of the case.
+The caller of a case has a token that verifies, with the claims of the case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Out = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """What was expected and what came of it, in words."""
+    """What was expected and what the decision was, as text."""
 
     what: str
     expected: str
@@ -36,7 +36,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one case. `caller` and `request` led to `decision`; `why` says which lines of the policy made it."""
+    """The result of one case. `caller` and `request` led to `decision`; `why` explains it by lines of the policy."""
 
     name: str
     line: int
@@ -54,18 +54,21 @@ class Result:
 def run(suite: Suite) -> Iterator[Result]:
     """Decide each case, in order."""
     for case, line in zip(suite.cases, suite.lines, strict=True):
-        caller, request = _caller(suite.policy, case), case.asked()
+        caller, request = _caller(suite.policy, case), case.gate_request()
         decision, why = _decide(suite.policy, caller, case.experts, request, case.downgrade)
         yield Result(case.name, line, caller, request, decision, tuple(_mismatches(case.expect, decision)), why)
 
 
 def main(path: Path, out: Out, verbose: bool = False, coverage: bool = False, fail_under: float = 0.0) -> int:
-    """Run the cases of a file, or of all test files below a folder; tell `out`. The exit status: 0 all passed, 1 a case
-    failed or a policy's coverage is under `fail_under` percent, 2 a file cannot be used."""
+    """Run the cases of a file, or of all test files below a folder, and write the results to `out`.
+
+    Returns the exit status: 0 if all passed, 1 if a case failed or a policy's coverage is under `fail_under` percent, 2
+    if a file is invalid.
+    """
     began = time.perf_counter()
-    suites, unusable = _load(path)
-    if unusable or not suites:
-        out(unusable or f"{path}: no {test_cases.PATTERN} there\n")
+    suites, errors = _load(path)
+    if errors or not suites:
+        out(errors or f"{path}: contains no {test_cases.PATTERN}\n")
         return 2
     failed: list[tuple[Suite, Result]] = []
     cases = 0
@@ -82,27 +85,27 @@ def main(path: Path, out: Out, verbose: bool = False, coverage: bool = False, fa
         out("" if verbose else "\n")
     for suite, result in failed:
         out(_failure(suite, result))
-    missed = False
+    too_low = False
     for policy_path, of_policy in covered.items():
         if coverage or of_policy.percent < fail_under:
             out(_coverage(policy_path, of_policy))
-        missed |= of_policy.percent < fail_under
-    if missed:
+        too_low |= of_policy.percent < fail_under
+    if too_low:
         out(f"coverage is under {fail_under:g} %\n")
     out(f"{cases - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - began:.2f}s\n")
-    return 1 if failed or missed else 0
+    return 1 if failed or too_low else 0
 
 
 def _load(path: Path) -> tuple[list[Suite], str]:
-    """The suites, and what is wrong with the files that are none."""
+    """The suites, and the errors of files that are invalid."""
     suites: list[Suite] = []
-    unusable = ""
+    errors = ""
     for file in test_cases.find(path):
         try:
             suites.append(test_cases.load(file))
         except PolicyError as e:
-            unusable += f"{e}\n"
-    return suites, unusable
+            errors += f"{e}\n"
+    return suites, errors
 
 
 def _failure(suite: Suite, result: Result) -> str:
@@ -113,20 +116,20 @@ def _failure(suite: Suite, result: Result) -> str:
 
 
 def _coverage(policy_path: Path, coverage: Coverage) -> str:
-    rows = [f"{policy_path}:{part.line}: {part.path}: {part.takes}" for part in coverage.missed]
-    touched = coverage.total - len(rows)
+    rows = [f"{policy_path}:{part.line}: {part.path}: {part.gap}" for part in coverage.missed]
+    covered = coverage.total - len(rows)
     return "\n".join(
-        [f"coverage of {policy_path}: {touched} of {coverage.total} ({coverage.percent:.0f} %)", *rows, ""]
+        [f"coverage of {policy_path}: {covered} of {coverage.total} ({coverage.percent:.0f} %)", *rows, ""]
     )
 
 
 def _caller(policy: Policy, case: Case) -> Identity | Refusal:
-    """The caller with a token that holds these claims, and else what a good token of the policy's issuers has."""
+    """The caller of a valid token with these claims. Claims that the case leaves out do not count against it."""
     if case.anonymous:
         return identity.anonymous(policy)
     if case.claims.get("iss", next(iter(policy.issuers), None)) not in policy.issuers:
         return Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
-    if policy.revoked.covers({"iat": inf, **case.claims}):  # unless the case says otherwise, it was issued just now
+    if policy.revoked.covers({"iat": inf, **case.claims}):  # if the case has no `iat`, the token is new
         return Refusal(Reason.INVALID_TOKEN, "the token is revoked")
     return by_claims(policy, case.claims)
 

@@ -1,6 +1,6 @@
-"""A second policy that judges every request beside the one in force, and is only counted.
+"""A second policy that also decides every request. Its decisions are only compared and counted.
 
-It has a snapshot, caches and key store of its own: whatever is wrong with it stays here.
+It has its own snapshot, caches and key store, so its failures affect nothing else.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ext_authz.sources.watched import WatchedFile
 log = logging.getLogger("srp.shadow")
 
 
-class Undecided(StrEnum):
-    """Why there is nothing to compare: no answer of the shadow (keys that it does not have), none of the policy in
-    force, or a mistake of ours."""
+class NotCompared(StrEnum):
+    """Why there is nothing to compare: the shadow lacks the keys, the policy in force did not decide, or an internal
+    error."""
 
     KEYS = "keys_unavailable"
     ACTIVE = "active_failed"
@@ -38,9 +38,9 @@ class Undecided(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ShadowStatus:
-    """What `/status` tells. `since`, in seconds since the epoch, is when the shadow policy of `digest` was taken up.
+    """The shadow's part of `/status`. `since`, in seconds since the epoch, is when the policy of `digest` was loaded.
 
-    `differences` counts since then. `error` is why the newest file was not taken up, None if it was.
+    `differences` are counted since then. `error` is why the newest file was not loaded; None if it was.
     """
 
     digest: str | None
@@ -50,7 +50,7 @@ class ShadowStatus:
 
 
 class Shadow:
-    """Follows the policy file at `path`. `judge` may be called at any time; without a policy it finds nothing."""
+    """Follows the policy file at `path`. `judge` may be called at any time; without a policy it does nothing."""
 
     def __init__(self, path: Path, keys: KeyStore | None = None) -> None:
         self.differences: Counter[str] = Counter()
@@ -69,27 +69,27 @@ class Shadow:
         digest = self._policy.digest if self._policy else None
         return ShadowStatus(digest, self._since, self._error, dict(sorted((self.differences - self._before).items())))
 
-    def judge(self, request: Request, made: Decision, now: float) -> Difference | None:
-        """Count, and tell, what would differ if the shadow were in force; None if there is nothing to compare."""
+    def judge(self, request: Request, decision: Decision, now: float) -> Difference | None:
+        """Count and return how the shadow's decision differs from `decision`; None if there is nothing to compare."""
         if self._snapshot is None:
             return None
         try:
-            found = self._compare(self._snapshot, request, made, now)
-        except Exception as e:  # noqa: BLE001 - the request is answered: nothing may come of it but a count
-            if not self.differences[Undecided.ERROR]:
+            found = self._compare(self._snapshot, request, decision, now)
+        except Exception as e:  # noqa: BLE001 - the request has its response: an error here is only counted
+            if not self.differences[NotCompared.ERROR]:
                 log.error("the shadow policy could not judge a request: %s", type(e).__name__)
-            found = Undecided.ERROR
+            found = NotCompared.ERROR
         self.differences[found] += 1
         return found if isinstance(found, Difference) else None
 
     async def watch(self) -> None:
-        """Take up the file's policy, and follow it until cancelled. A file that is no policy is only reported."""
+        """Load the file's policy, and reload it on changes until cancelled. An invalid file is only reported."""
         await self.reload()
         async for _ in self._file.changes():
             await self.reload()
 
     async def reload(self) -> bool:
-        """Read the file again; take it up if it changed and is good. Whether it did."""
+        """Read the file again and load it if it has changed and is valid. Returns whether it did."""
         try:
             text = await self._file.read()
             if text is None:
@@ -103,29 +103,31 @@ class Shadow:
         self._policy, self._since, self._error = policy, time.time(), None
         self._before = self.differences.copy()
         self._renew()
-        log.info("shadow policy %s judges beside the one in force", policy.digest)
+        log.info("shadow policy %s is loaded", policy.digest)
         return True
 
-    def beside(self, active: Snapshot) -> None:
-        """Have the keys of what is in force now: those of an issuer that both policies read from one place."""
+    def set_active(self, active: Snapshot) -> None:
+        """Use the keys of the snapshot in force for each issuer whose keys both policies read from one source."""
         self._active = active
         self._renew()
 
     async def close(self) -> None:
         await self._keys.close()
 
-    def _compare(self, snapshot: Snapshot, request: Request, made: Decision, now: float) -> Difference | Undecided:
-        if made.reason in (Reason.INTERNAL, Reason.KEYS_UNAVAILABLE):
-            return Undecided.ACTIVE
+    def _compare(
+        self, snapshot: Snapshot, request: Request, decision: Decision, now: float
+    ) -> Difference | NotCompared:
+        if decision.reason in (Reason.INTERNAL, Reason.KEYS_UNAVAILABLE):
+            return NotCompared.ACTIVE
         own = check(snapshot, request, now)
-        return Undecided.KEYS if isinstance(own, Refusal) else difference(made, own.decision)
+        return NotCompared.KEYS if isinstance(own, Refusal) else difference(decision, own.decision)
 
     def _renew(self) -> None:
         if self._policy is None:
             return
         keys = dict(self._keys.keys)
         if self._active is not None:
-            # A key id that is new is fetched for the policy in force at once; the shadow's own store only follows.
+            # A new key id makes the active policy's key store refresh at once; the shadow's own store lags behind.
             for name, issuer in self._policy.issuers.items():
                 other = self._active.policy.issuers.get(name)
                 if other and (other.jwks, other.secret_file) == (issuer.jwks, issuer.secret_file):
@@ -134,6 +136,6 @@ class Shadow:
 
     def _refuse(self, error: str) -> None:
         if error != self._error:
-            kept = f"shadow policy {self._policy.digest} goes on" if self._policy else "there is no shadow policy"
+            kept = f"shadow policy {self._policy.digest} stays loaded" if self._policy else "there is no shadow policy"
             log.error("%s; %s", error, kept)
         self._error = error

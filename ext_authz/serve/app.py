@@ -53,8 +53,7 @@ async def _serve(settings: Settings) -> None:
         await app.decide(stack)
         await app.report(stack)
         await app.listen(stack)
-        # Neither returns on its own. Without the first, policies would not reload; without the second, no worker would
-        # be replaced.
+        # Neither returns on its own: the first reloads the policy, the second replaces workers.
         await _run_until(stopping, app.control.watch(), app.workers.ended())
         log.info("draining for up to %g s", settings.drain)
 

@@ -66,7 +66,7 @@ class Leasing:
 
 
 class Followers(Protocol):
-    """Other processes that decide by the epochs installed here."""
+    """Other processes that decide with the epochs installed here."""
 
     async def prepare(self, digest: str, text: bytes, path: Path) -> None:
         """Make them compile a policy that may come into force."""
@@ -124,7 +124,10 @@ class Control:
         self._draining = Draining()
         self._dropping: asyncio.Task[None] | None = None
         self._pushing: asyncio.Task[None] | None = None
-        self._previous: Policy | None = None  # what to return to, until Envoy has acknowledged the policy in force
+        self._text = b""  # of the policy in force
+        self._previous: tuple[Policy, bytes] | None = (
+            None  # to return to, until Envoy has acknowledged the one in force
+        )
         self._returning: asyncio.Task[None] | None = None
         keys.on_change = self._keys_changed
         ads.on_change = self._envoy_answered
@@ -187,10 +190,11 @@ class Control:
                 await self._keys.follow(old.issuers.values())
                 active = self._active.lease_epoch if self._active else _new_lease_epoch()
                 await self._publish(self._clusters(old), old, active)
-            self._refuse(f"envoy refused the policy's clusters: {published.message}")
+            self._refuse(f"envoy rejected the policy's clusters: {published.message}")
             return False
-        await self._put_in_force(policy, lease_epoch)
-        self._previous = None if published.result is PublishResult.ACKED else old
+        acknowledged = published.result is PublishResult.ACKED
+        self._previous = (old, self._text) if old is not None and not acknowledged else None
+        await self._put_in_force(policy, text, lease_epoch)
         self._error = None
         self._reloads += old is not None
         self._warnings = (*warnings(policy), *(dropped(old, policy) if old is not None else ()))
@@ -199,9 +203,9 @@ class Control:
             log.warning("policy %s: %s", policy.digest, warning)
         return True
 
-    async def _put_in_force(self, policy: Policy, lease_epoch: str) -> None:
+    async def _put_in_force(self, policy: Policy, text: bytes, lease_epoch: str) -> None:
         """Decide by `policy`, whose clusters Envoy was sent; the clusters of the one before stay for a while."""
-        old, self._policy = self._policy, policy
+        old, self._policy, self._text = self._policy, policy, text
         self._renew(lease_epoch)
         if self._followers is not None:
             await self._followers.settled()
@@ -214,7 +218,9 @@ class Control:
 
     def _clusters(self, policy: Policy, *more: Policy | None) -> Resources:
         """The clusters of a policy, of those in `more`, and of those that are draining."""
-        return cluster_resources(policy, *(p for p in more if p is not None), *self._draining.policies(time.monotonic()))
+        return cluster_resources(
+            policy, *(p for p in more if p is not None), *self._draining.policies(time.monotonic())
+        )
 
     async def _drop_clusters(self) -> None:
         """Drop the clusters of each draining policy when its time has come, until none is left."""
@@ -226,7 +232,7 @@ class Control:
                 # Envoy keeps the lease filter that it has: a new one would start another epoch.
                 published = await self._publish(self._clusters(self._policy), self._sent.policy, self._sent.lease_epoch)
                 if published.result is PublishResult.NACKED:
-                    self._error = f"envoy refused to drop clusters: {published.message}"
+                    self._error = f"envoy rejected the removal of clusters: {published.message}"
                     log.error("%s", self._error)
 
     def _envoy_answered(self) -> None:
@@ -240,20 +246,22 @@ class Control:
             self._returning = asyncio.create_task(self._return())
 
     async def _return(self) -> None:
-        """Put the previous policy back in force, as an Envoy has refused the clusters of this one after all."""
+        """Put the previous policy back in force, as an Envoy has rejected the clusters of this one after all."""
         async with self._lock:
-            previous, error = self._previous, self._ads.refused
-            if previous is None or error is None:
+            error = self._ads.refused
+            if self._previous is None or error is None:
                 return
-            self._previous = None
+            (previous, text), self._previous = self._previous, None
             lease_epoch = _new_lease_epoch()
+            if self._followers is not None:
+                await self._followers.prepare(previous.digest, text, self._file.path)
             await self._keys.follow({**(self._policy.issuers if self._policy else {}), **previous.issuers}.values())
             await self._publish(self._clusters(previous), previous, lease_epoch)
             refused, self._policy = self._policy, None  # nothing of it is to be kept: Envoy does not have its clusters
-            await self._put_in_force(previous, lease_epoch)
+            await self._put_in_force(previous, text, lease_epoch)
             self._warnings = tuple(warnings(previous))
             digest = refused.digest if refused is not None else ""
-            self._refuse(f"envoy refused the clusters of policy {digest}, after it was in force: {error}")
+            self._refuse(f"envoy rejected the clusters of policy {digest}, after it was in force: {error}")
 
     async def _publish(self, clusters: Resources, policy: Policy, lease_epoch: str) -> Publication:
         """Send Envoy clusters and the lease filter of a policy, and wait for its answer."""
@@ -283,7 +291,7 @@ class Control:
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
-        """Send Envoy the lease filter of the newest epoch until nothing newer is left to send."""
+        """Send Envoy the lease filter of the newest epoch. Repeat if a newer epoch starts in the meantime."""
         while self._behind():
             await asyncio.sleep(KEY_DEBOUNCE)
             async with self._lock:
@@ -292,7 +300,7 @@ class Control:
                         self._sent.clusters, self._active.snapshot.policy, self._active.lease_epoch
                     )
                     if published.result is PublishResult.NACKED:
-                        log.error("envoy refused the lease filter, so there are no leases: %s", published.message)
+                        log.error("envoy rejected the lease filter, so there are no leases: %s", published.message)
 
     def _behind(self) -> bool:
         return (

@@ -50,7 +50,7 @@ class PolicyText:
 
 @dataclass(frozen=True, slots=True)
 class Install:
-    """Decide by this epoch: the policy with this digest, and the keys (`jwk.key_text`) by issuer.
+    """Decide with this epoch: the policy with this digest, and the keys (`jwk.key_text`) by issuer.
 
     The answer is Installed. `order` increases with each message. `epoch`, `lease_epoch` and `grants` are as in the
     owner's epoch.

@@ -76,7 +76,7 @@ class Report:
         yield gauge("srp_envoy_refused", "1 while Envoy's last answer to new clusters is a refusal.", refused)
         yield from _keys(self.keys.status())
         yield from _caches(total)
-        yield gauge("srp_workers", "Processes that take checks.", 1 + self.workers.serving)
+        yield gauge("srp_workers", "Processes that accept checks.", 1 + self.workers.serving)
         yield CounterMetricFamily("srp_worker_restarts", "Workers that were replaced.", value=self.workers.restarts)
         yield from self.lease_counter.families()
         if self.witness is not None:
@@ -96,9 +96,9 @@ class Report:
 def _policy(status: PolicyStatus) -> Iterator[Metric]:
     yield InfoMetricFamily("srp_policy", "The policy in force.", value={"digest": status.digest})
     yield gauge("srp_policy_since_seconds", "When the policy came into force, in epoch seconds.", status.since)
-    yield gauge("srp_policy_error", "1 while the newest policy file is refused.", float(status.error is not None))
-    yield CounterMetricFamily("srp_policy_reloads", "Policies put in force after the first.", value=status.reloads)
-    yield CounterMetricFamily("srp_policy_failures", "Policy files refused.", value=status.failures)
+    yield gauge("srp_policy_error", "1 while the newest policy file is rejected.", float(status.error is not None))
+    yield CounterMetricFamily("srp_policy_reloads", "Policies put into force after the first.", value=status.reloads)
+    yield CounterMetricFamily("srp_policy_failures", "Policy files rejected.", value=status.failures)
 
 
 def _keys(keys: tuple[KeyStatus, ...]) -> Iterator[Metric]:
@@ -107,7 +107,7 @@ def _keys(keys: tuple[KeyStatus, ...]) -> Iterator[Metric]:
     for key in keys:
         fetches.add_metric([key.issuer], key.fetches)
         failures.add_metric([key.issuer], key.failures)
-    usable = GaugeMetricFamily("srp_keys", "Keys that verify an issuer's tokens; 0: all are refused.", labels=["issuer"])
+    usable = GaugeMetricFamily("srp_keys", "Keys that verify an issuer's tokens; 0: all fail.", labels=["issuer"])
     skipped = GaugeMetricFamily("srp_keys_skipped", "Keys of an issuer that cannot be used.", labels=["issuer"])
     for key in keys:
         usable.add_metric([key.issuer], key.keys)

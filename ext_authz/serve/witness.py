@@ -89,7 +89,7 @@ class Witness:
                 decisions.add_metric([difference], n)
             yield decisions
             error = self._shadow.status.error is not None
-            yield gauge("srp_shadow_policy_error", "1 while the newest shadow policy file is refused.", float(error))
+            yield gauge("srp_shadow_policy_error", "1 while the newest shadow policy file is rejected.", float(error))
         if self._log is not None:
             records = CounterMetricFamily("srp_decision_log_records", "Decision records.", labels=["outcome"])
             for outcome, n in self._log.counts.items():

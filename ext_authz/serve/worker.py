@@ -94,7 +94,7 @@ async def _serve(link: socket.socket) -> None:
 
 
 def _end(worker: Worker | None, code: int) -> NoReturn:
-    """Exit now, without waiting for any thread. Removes the socket, too."""
+    """Exit now, without waiting for any thread. Removes the worker's socket."""
     if worker is not None:
         worker.remove_socket()
     os._exit(code)

@@ -1,7 +1,7 @@
-"""The owner's side of `srp serve --workers`: processes that decide by the same epochs, each on its own socket.
+"""The owner's side of `srp serve --workers`: processes that decide with the same epochs, each on its own socket.
 
 A worker listens only after it has installed the newest epoch. It must install every later epoch within INSTALL_TIMEOUT
-seconds or it is killed, so once `settled` returns, no process decides by an older one. A worker that ends is replaced.
+seconds or it is killed, so once `settled` returns, no process uses an older one. A worker that ends is replaced.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Workers:
             worker.pending[self._order] = now
 
     async def settled(self) -> None:
-        """Return when no worker decides by an epoch older than the newest."""
+        """Return when no worker uses an epoch older than the newest."""
         await self._until(self._is_settled)
 
     async def refresh(self) -> None:

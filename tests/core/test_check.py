@@ -1,4 +1,4 @@
-"""The sentence `identify, gate, decide`: its order, and what a snapshot remembers and forgets."""
+"""Identify, gate, decide: in this order; and what a snapshot caches of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def token(name: str = "", **over: Any) -> str:
     return tokens.sign(tokens.claims(**{"iat": NOW, "exp": NOW + 300, "plan": "free", **over}), name=name)
 
 
-def asks(names: str | None = "A", bearer: str | None = None, method: str = "GET", **headers: str) -> Request:
+def request_for(names: str | None = "A", bearer: str | None = None, method: str = "GET", **headers: str) -> Request:
     """A request for `names`; a header's name is written with underscores."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if names is not None:
@@ -77,34 +77,33 @@ def premium() -> str:
     return token(plan="premium")
 
 
-SENTENCE = [
+DECIDED = [
     # name, policy, request, verdict, reason, candidates, caller's tier
-    ("anonymous", POLICY, lambda: asks("A"), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
-    ("anonymous, default", POLICY, lambda: asks(None), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
-    ("premium", POLICY, lambda: asks("C", premium()), Verdict.ALLOW, Reason.PERMITTED, ("C",), "high"),
-    ("free", POLICY, lambda: asks("H", token()), Verdict.DENY, Reason.TIER_TOO_LOW, (), "low"),
-    ("downgrade", POLICY, lambda: asks("C", token()), Verdict.DOWNGRADE, Reason.TIER_TOO_LOW, ("A",), "low"),
-    ("bad gate", POLICY, lambda: asks("A B", token()), Verdict.DENY, Reason.BAD_GATE, (), "low"),
-    ("nobody named", POLICY, lambda: asks(""), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
-    ("unknown", POLICY, lambda: asks("Z", premium()), Verdict.DENY, Reason.UNKNOWN_EXPERT, (), "high"),
-    ("bad token", POLICY, lambda: asks("A", "x.y.z"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
-    ("the token is judged first", POLICY, lambda: asks("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
-    ("expired", POLICY, lambda: asks("A", token(exp=NOW - 31)), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
-    ("no token where one is needed", replace(POLICY, anonymous=None), lambda: asks("A"),
+    ("anonymous", POLICY, lambda: request_for("A"), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("anonymous, default", POLICY, lambda: request_for(None), Verdict.ALLOW, Reason.PERMITTED, ("A",), "low"),
+    ("premium", POLICY, lambda: request_for("C", premium()), Verdict.ALLOW, Reason.PERMITTED, ("C",), "high"),
+    ("free", POLICY, lambda: request_for("H", token()), Verdict.DENY, Reason.TIER_TOO_LOW, (), "low"),
+    ("downgrade", POLICY, lambda: request_for("C", token()), Verdict.DOWNGRADE, Reason.TIER_TOO_LOW, ("A",), "low"),
+    ("bad gate", POLICY, lambda: request_for("A B", token()), Verdict.DENY, Reason.BAD_GATE, (), "low"),
+    ("nobody named", POLICY, lambda: request_for(""), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+    ("unknown", POLICY, lambda: request_for("Z", premium()), Verdict.DENY, Reason.UNKNOWN_EXPERT, (), "high"),
+    ("bad token", POLICY, lambda: request_for("A", "x.y.z"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("the token is judged first", POLICY, lambda: request_for("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("expired", POLICY, lambda: request_for("A", token(exp=NOW - 31)), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("no token where one is needed", replace(POLICY, anonymous=None), lambda: request_for("A"),
      Verdict.DENY, Reason.TOKEN_REQUIRED, (), None),
-    ("no gate", replace(POLICY, gate=()), lambda: asks("A"), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+    ("no gate", replace(POLICY, gate=()), lambda: request_for("A"), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("policy", "request_", "verdict", "reason", "serve", "tier"),
-    [row[1:] for row in SENTENCE],
-    ids=[row[0] for row in SENTENCE],
+    [row[1:] for row in DECIDED],
+    ids=[row[0] for row in DECIDED],
 )
-def test_the_sentence(
+def test_the_identity_comes_first_then_the_gate_then_the_decision(
     policy: Policy, request_: Any, verdict: Verdict, reason: Reason, serve: tuple[str, ...], tier: str | None
 ) -> None:
-    """Identity first, then the gate, then the decision."""
     found = decided(Snapshot(policy, keys()), request_())
     assert (found.verdict, found.reason, found.serve, found.caller_tier) == (verdict, reason, serve, tier)
 
@@ -116,9 +115,9 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("known", "bearer", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
-def test_what_fresh_keys_could_change_comes_back_as_a_refusal(known: Any, bearer: Any, reason: Reason) -> None:
-    """The shell learns which issuer's keys to look for."""
-    found = check(Snapshot(POLICY, known()), asks("A", bearer()), NOW)
+def test_a_token_that_fresh_keys_might_verify_comes_back_as_a_refusal(known: Any, bearer: Any, reason: Reason) -> None:
+    """The refusal names the issuer whose keys to fetch."""
+    found = check(Snapshot(POLICY, known()), request_for("A", bearer()), NOW)
     assert isinstance(found, Refusal)
     assert (found.reason, found.issuer) == (reason, ISSUER)
 
@@ -137,8 +136,10 @@ DOWNGRADES: list[tuple[str | None, bool, Verdict]] = [
 
 
 @pytest.mark.parametrize(("value", "repeated", "verdict"), DOWNGRADES)
-def test_the_downgrade_header(value: str | None, repeated: bool, verdict: Verdict) -> None:
-    """Only an absent header or one `allow` lets a downgrade happen: who writes anything else means to be strict."""
+def test_only_allow_or_no_header_at_all_permits_a_downgrade(
+    value: str | None, repeated: bool, verdict: Verdict
+) -> None:
+    """A client that writes anything else means to be strict."""
     headers = {"x-expert-names": "C", **({} if value is None else {DOWNGRADE: value})}
     request = Request("GET", "/", headers, repeated=frozenset({DOWNGRADE} if repeated else ()))
     found = decided(Snapshot(POLICY), request)
@@ -146,25 +147,25 @@ def test_the_downgrade_header(value: str | None, repeated: bool, verdict: Verdic
     assert (found.reason is Reason.DOWNGRADE_FORBIDDEN) == (verdict is Verdict.DENY)
 
 
-# ---- what a snapshot remembers ---------------------------------------------------------------------------------------
+# ---- what a snapshot caches ------------------------------------------------------------------------------------------
 
 
 def identified(snapshot: Snapshot, bearer: str, now: float) -> Identity | Refusal:
-    return identify(snapshot, asks(bearer=bearer), now)
+    return identify(snapshot, request_for(bearer=bearer), now)
 
 
-def test_a_verified_token_is_remembered() -> None:
-    """The same token gives the same identity object, whichever header it comes in; another token another one."""
+def test_a_verified_token_is_cached() -> None:
+    """The same token gives the same Identity object, whichever header carries it; another token gives another."""
     snapshot, bearer = Snapshot(POLICY, keys()), token()
     first = identified(snapshot, bearer, NOW)
     assert isinstance(first, Identity)
     assert identified(snapshot, bearer, NOW + 1) is first
     assert identify(snapshot, Request("GET", "/", {"x-expert-access-token": bearer}), NOW) is first
-    assert identified(snapshot, token(), NOW) is not first  # ES256 signs anew each time
+    assert identified(snapshot, token(), NOW) is not first  # no two ES256 signatures are the same
 
 
-def test_a_remembered_token_ends_when_it_ends() -> None:
-    """A token that was good is refused from `exp` plus the leeway on, and stays refused."""
+def test_a_cached_token_is_refused_once_it_has_expired() -> None:
+    """From `exp` plus the leeway on, and ever after."""
     snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
     assert isinstance(identified(snapshot, bearer, NOW), Identity)
     assert isinstance(identified(snapshot, bearer, NOW + 39.999), Identity)
@@ -174,113 +175,112 @@ def test_a_remembered_token_ends_when_it_ends() -> None:
         assert refused.reason is Reason.INVALID_TOKEN
 
 
-def test_a_failure_is_not_remembered() -> None:
-    """A token that is not valid yet becomes valid; nothing of a refusal is stored."""
+def test_a_refusal_is_not_cached() -> None:
+    """A token that is not valid yet becomes valid later."""
     snapshot, bearer = Snapshot(POLICY, keys()), token(nbf=NOW + 100)
     assert isinstance(identified(snapshot, bearer, NOW), Refusal)
     assert len(snapshot.tokens) == 0
     assert isinstance(identified(snapshot, bearer, NOW + 100), Identity)
 
 
-def test_a_token_with_one_more_byte_is_another() -> None:
-    """What is remembered of a token helps no other text."""
+def test_a_cached_token_makes_no_other_text_valid() -> None:
     snapshot, bearer = Snapshot(POLICY, keys()), token()
     assert isinstance(identified(snapshot, bearer, NOW), Identity)
     for other in (bearer + ".", bearer[:-1], bearer + "=", bearer.swapcase(), f"{bearer}\xe9"):
         assert isinstance(identified(snapshot, other, NOW), Refusal)
 
 
-FORGETTING = [
-    # a change after which the token of before is refused
+CHANGES = [
+    # a change after which the old token is refused
     ("key gone", POLICY, lambda: keys("new")),
     ("issuer gone", replace(POLICY, issuers={}), keys),
     ("token revoked", replace(POLICY, revoked=Revoked(jti=frozenset({"t1"}))), keys),
     ("subject revoked", replace(POLICY, revoked=Revoked(sub=frozenset({"ada"}))), keys),
-    ("all of before revoked", replace(POLICY, revoked=Revoked(issued_before=NOW + 1)), keys),
+    ("all earlier tokens revoked", replace(POLICY, revoked=Revoked(issued_before=NOW + 1)), keys),
 ]
 
 
-@pytest.mark.parametrize(("policy", "known"), [f[1:] for f in FORGETTING], ids=[f[0] for f in FORGETTING])
-def test_a_new_snapshot_remembers_nothing(policy: Policy, known: Any) -> None:
-    """A change of policy or keys makes a new snapshot, and a token that was good is verified anew and refused."""
+@pytest.mark.parametrize(("policy", "known"), [f[1:] for f in CHANGES], ids=[f[0] for f in CHANGES])
+def test_a_new_snapshot_starts_with_empty_caches(policy: Policy, known: Any) -> None:
+    """A change of policy or keys creates a new snapshot, which verifies a token again and may refuse it."""
     bearer = token(jti="t1")
     assert isinstance(identified(Snapshot(POLICY, keys()), bearer, NOW), Identity)
     assert isinstance(identified(Snapshot(policy, known()), bearer, NOW), Refusal)
 
 
-def test_a_new_policy_decides_anew() -> None:
-    """Decisions of the old snapshot do not reach the new one, for tokens and for the anonymous."""
+def test_decisions_of_an_old_policy_do_not_reach_the_new_one() -> None:
+    """Neither for tokens nor for anonymous callers."""
     stricter = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], tier=1)})
     old, new, bearer = Snapshot(POLICY, keys()), Snapshot(stricter, keys()), token()
     for caller in (None, bearer):
-        assert decided(old, asks("A", caller)).verdict is Verdict.ALLOW
-        assert decided(new, asks("A", caller)).verdict is Verdict.DENY
+        assert decided(old, request_for("A", caller)).verdict is Verdict.ALLOW
+        assert decided(new, request_for("A", caller)).verdict is Verdict.DENY
 
 
-def test_a_decision_is_remembered_for_the_same_question() -> None:
-    """Same tier, names and downgrade: the same decision object. Any of them different: another."""
+def test_a_decision_is_cached_by_tier_names_and_downgrade() -> None:
+    """If all three are the same, so is the decision object; if one differs, so does the object."""
     snapshot, bearer = Snapshot(POLICY, keys()), premium()
-    first = outcome(snapshot, asks("C,A", bearer))
+    first = outcome(snapshot, request_for("C,A", bearer))
     same = [
-        outcome(snapshot, asks(" C , A ", bearer)),
-        outcome(snapshot, asks("C,A", token(plan="premium", sub="bob", exp=NOW + 99))),
+        outcome(snapshot, request_for(" C , A ", bearer)),
+        outcome(snapshot, request_for("C,A", token(plan="premium", sub="bob", exp=NOW + 99))),
     ]
     assert [o.decision for o in same] == [first.decision] * 2
     assert [(o.caller.subject, o.caller.expires) for o in same] == [("ada", NOW + 330), ("bob", NOW + 129)]
     others = [
-        decided(snapshot, asks("A,C", bearer)),
-        decided(snapshot, asks("C,A")),
-        decided(snapshot, asks("C,A", token())),
-        decided(snapshot, asks("C,A", bearer, x_srp_downgrade="never")),
+        decided(snapshot, request_for("A,C", bearer)),
+        decided(snapshot, request_for("C,A")),
+        decided(snapshot, request_for("C,A", token())),
+        decided(snapshot, request_for("C,A", bearer, x_srp_downgrade="never")),
     ]
     assert all(other is not first.decision for other in others)
 
 
-def test_where_conditions_read_claims_each_caller_has_decisions_of_its_own() -> None:
-    """Two callers of one tier, of whom an expert takes only one."""
+def test_where_conditions_read_claims_each_caller_has_its_own_decisions() -> None:
+    """Two callers of one tier, and an expert that accepts only one of them."""
     ours = compile_condition('claims.sub == "ada"', "experts.A.allow", 1)
     policy = replace(POLICY, experts={**EXPERTS, "A": replace(EXPERTS["A"], allow=ours)})
     snapshot = Snapshot(policy, keys())
     for _ in range(2):
-        assert decided(snapshot, asks("A", token())).verdict is Verdict.ALLOW
-        assert decided(snapshot, asks("A", token(sub="bob"))).reason is Reason.NOT_ALLOWED
-        assert decided(snapshot, asks("A")).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, request_for("A", token())).verdict is Verdict.ALLOW
+        assert decided(snapshot, request_for("A", token(sub="bob"))).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, request_for("A")).reason is Reason.NOT_ALLOWED
 
 
-def test_an_expired_token_has_no_remembered_decision() -> None:
-    """The identity is checked at each request, before what was decided for it."""
+def test_an_expired_token_gets_no_cached_decision() -> None:
+    """The identity is checked on every request, before any cached decision."""
     snapshot, bearer = Snapshot(POLICY, keys()), token(exp=NOW + 10)
-    assert decided(snapshot, asks("A", bearer)).verdict is Verdict.ALLOW
-    assert decided(snapshot, asks("A", bearer), NOW + 40).reason is Reason.INVALID_TOKEN
+    assert decided(snapshot, request_for("A", bearer)).verdict is Verdict.ALLOW
+    assert decided(snapshot, request_for("A", bearer), NOW + 40).reason is Reason.INVALID_TOKEN
 
 
-def test_policies_that_read_the_request_are_decided_each_time() -> None:
-    """Two requests alike but for what a rule reads have two answers."""
+def test_where_conditions_read_the_request_no_decision_is_cached() -> None:
+    """Two requests that differ only in what a rule reads get two answers."""
     policy = replace(POLICY, experts={"G": Expert("G", 0, "g", allow=GET_ONLY)}, reads_request=True)
     snapshot = Snapshot(policy, keys())
     for bearer in (None, token()):
-        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
-        assert decided(snapshot, asks("G", bearer, "POST")).reason is Reason.NOT_ALLOWED
-        assert decided(snapshot, asks("G", bearer, "GET")).verdict is Verdict.ALLOW
+        assert decided(snapshot, request_for("G", bearer, "GET")).verdict is Verdict.ALLOW
+        assert decided(snapshot, request_for("G", bearer, "POST")).reason is Reason.NOT_ALLOWED
+        assert decided(snapshot, request_for("G", bearer, "GET")).verdict is Verdict.ALLOW
     assert len(snapshot.decisions) == 0
 
 
-def test_names_that_anybody_can_invent_are_not_remembered() -> None:
-    """Unknown names, and names the gate refuses, take no memory."""
+def test_names_that_anyone_can_invent_are_not_cached() -> None:
+    """Unknown names, and names that the gate refuses, take no room in a cache."""
     snapshot = Snapshot(POLICY)
     for n in range(100):
-        decided(snapshot, asks(f"invented-{n},A"))
-        decided(snapshot, asks(f"invented-{n}"))
-        decided(snapshot, asks(f"in vented-{n}"))
+        decided(snapshot, request_for(f"invented-{n},A"))
+        decided(snapshot, request_for(f"invented-{n}"))
+        decided(snapshot, request_for(f"in vented-{n}"))
     assert len(snapshot.decisions) == 0
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    """Ever-new tokens, names and headers: each memory keeps its size, the newest stay, what was dropped is counted."""
+def test_the_caches_are_bounded() -> None:
+    """With ever new tokens, names and headers, each keeps its size and its newest entries, and counts evictions."""
     sizes = CacheSizes(tokens=4, decisions=2)
     snapshot = sizes.snapshot(POLICY, keys(), 1)
     for n, names in enumerate(["A", "C", "H", "A,C", "A,H"]):
-        request = asks(names, token(sub=f"caller-{n}"))
+        request = request_for(names, token(sub=f"caller-{n}"))
         for _ in range(2):
             answered(snapshot, request)
     assert (len(snapshot.tokens), len(snapshot.decisions), len(snapshot.requests)) == (3, 2, 2)
@@ -297,8 +297,8 @@ def test_what_is_remembered_is_bounded() -> None:
     st.integers(1, 8),
     st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from([0, 1, 1, 1, 3])), max_size=60),
 )
-def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tuple[str, int]]) -> None:
-    """Keys are looked up (0) or kept with so many places. What is there is what was kept last under its key."""
+def test_a_cache_is_bounded_and_keeps_the_latest_half(size: int, used: list[tuple[str, int]]) -> None:
+    """A key is looked up (0) or put with a number of places. A hit returns what was last put under its key."""
     cache: Cache[str, int] = Cache(size)
     kept: dict[str, tuple[int, int]] = {}
     order: list[str] = []
@@ -327,14 +327,14 @@ def test_a_memory_is_bounded_and_keeps_the_latest_half(size: int, used: list[tup
         assert latest <= here
 
 
-def test_tokens_that_come_once_push_out_nobody() -> None:
-    """A token's first request is not remembered by its headers, its second is: the regular callers' stay."""
+def test_tokens_that_come_once_evict_no_regular_caller() -> None:
+    """A request is cached by its headers when its token comes a second time, not the first."""
     snapshot = CacheSizes(tokens=100, decisions=4).snapshot(POLICY, keys(), 1)
-    for regular in (asks("A"), asks("A", token(sub="regular"))):
+    for regular in (request_for("A"), request_for("A", token(sub="regular"))):
         for _ in range(2):
             answered(snapshot, regular)
     assert len(snapshot.requests) == 2
-    once = [asks("A", token(sub=f"once-{n}")) for n in range(20)]
+    once = [request_for("A", token(sub=f"once-{n}")) for n in range(20)]
     for request in once:
         answered(snapshot, request)
     assert (len(snapshot.requests), snapshot.requests.counts.evictions) == (2, 0)
@@ -342,20 +342,20 @@ def test_tokens_that_come_once_push_out_nobody() -> None:
     assert len(snapshot.requests) == 3
 
 
-def test_a_long_path_is_not_remembered() -> None:
-    """What anybody can make large is not kept."""
+def test_a_request_with_a_long_path_is_not_cached() -> None:
+    """Anyone can send one."""
     snapshot = Snapshot(POLICY)
     for n in (MAX_PATH, MAX_PATH + 1):
-        request = asks("A")._replace(path="/".ljust(n, "x"))
+        request = request_for("A")._replace(path="/".ljust(n, "x"))
         assert answered(snapshot, request).decision.serve == ("A",)
     assert len(snapshot.requests) == 1
 
 
-def test_a_repeated_header_is_not_remembered() -> None:
-    """What recalls a request may take it that none of the headers that matter came twice: leases rest on that."""
+def test_a_request_with_a_repeated_header_is_not_cached() -> None:
+    """No cached request has a header twice that matters; leases rely on that."""
     snapshot = Snapshot(POLICY)
     for header in ("x-expert-names", "x-requested-cluster"):
-        asked = asks("A", x_requested_cluster="A")._replace(repeated=frozenset({header}))
+        asked = request_for("A", x_requested_cluster="A")._replace(repeated=frozenset({header}))
         answered(snapshot, asked)
     assert len(snapshot.requests) == 0
 
@@ -400,7 +400,7 @@ READER = replace(ONCE, experts={**EXPERTS, "C": replace(EXPERTS["C"], allow=RED)
 
 @st.composite
 def repetitions(draw: st.DrawFn) -> list[tuple[Request, int]]:
-    """A few requests asked time and again, with another body or method now and then; and seconds that pass."""
+    """A few requests, repeated, sometimes with another body or method; and the seconds that pass before each."""
     few = draw(st.lists(requests(), min_size=1, max_size=3))
     asked = []
     for _ in range(draw(st.integers(2, 12))):
@@ -412,25 +412,25 @@ def repetitions(draw: st.DrawFn) -> list[tuple[Request, int]]:
 
 @given(st.sampled_from([ONCE, READER]), repetitions())
 @settings(max_examples=400)
-def test_what_was_asked_before_changes_no_answer(policy: Policy, asked: list[tuple[Request, int]]) -> None:
-    """Any requests in any order, as time goes on: each gets what it would get if nothing had been asked before it.
+def test_earlier_requests_change_no_answer(policy: Policy, asked: list[tuple[Request, int]]) -> None:
+    """Any requests in any order, over time: each gets the answer that a new snapshot would give.
 
-    And no header makes a difference but those that `headers_read` names.
+    And only the headers that `headers_read` names make a difference.
     """
     used, now = Snapshot(policy, keys()), NOW
     for request, later in asked:
         now = max(now, NOW + later)
-        assert told(answered(used, request, now)) == told(outcome(Snapshot(policy, keys()), request, now))
+        assert contents(answered(used, request, now)) == contents(outcome(Snapshot(policy, keys()), request, now))
 
 
-def told(of: Outcome) -> list[Any]:
+def contents(of: Outcome) -> list[Any]:
     caller = of.caller
     whose = (caller.tier, caller.subject, caller.issuer, caller.claims, caller.expires, caller.errors)
     return [whose, *(getattr(of.decision, f.name) for f in fields(of.decision))]
 
 
 def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
-    """As the server does it: recalled, or decided by the headers that are read, and remembered."""
+    """As the server does it: from the cache, or decided by the headers that are read and then cached."""
     fingerprint = request.path, repr((request.headers, request.repeated)).encode()
     known = lookup(snapshot, SimpleNamespace(fingerprint=fingerprint, body=request.body), now)
     if known is None:
@@ -445,9 +445,9 @@ def answered(snapshot: Snapshot, request: Request, now: float = NOW) -> Outcome:
 
 
 def test_a_snapshot_that_is_replaced_is_freed() -> None:
-    """Nothing outside holds its identities and decisions."""
+    """Nothing else holds its identities and decisions."""
     snapshot = Snapshot(POLICY, keys())
-    decision = weakref.ref(decided(snapshot, asks("A", token())))
+    decision = weakref.ref(decided(snapshot, request_for("A", token())))
     assert decision() is not None
     del snapshot
     gc.collect()
@@ -459,7 +459,7 @@ HEADERS = st.sampled_from(["authorization", "x-expert-access-token", "x-expert-n
 
 @given(st.dictionaries(HEADERS, header_texts), st.text(max_size=20), st.sets(HEADERS))
 def test_any_headers_give_a_decision(headers: dict[str, str], path: str, repeated: set[str]) -> None:
-    """Whatever comes, there is an answer; with anything in a token header it is a denial, and nobody is let in."""
+    """With anything in a token header it is a denial or a refusal; nobody is let in."""
     found = check(Snapshot(POLICY, keys()), Request("GET", path, headers, repeated=frozenset(repeated)), NOW)
     if "authorization" in headers or "x-expert-access-token" in headers:
         assert isinstance(found, Refusal) or found.decision.reason is Reason.INVALID_TOKEN

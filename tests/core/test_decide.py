@@ -175,10 +175,9 @@ DECISIONS = [
     [row[1:] for row in DECISIONS],
     ids=[row[0] for row in DECISIONS],
 )
-def test_the_decision_table(
+def test_each_row_gives_its_verdict_reason_experts_and_status(
     policy: Policy, tier: int, claims: dict[str, Any], asked: str, may_downgrade: bool, expected: Expected
 ) -> None:
-    """Each row gives this verdict, reason, candidates, struck experts and HTTP status."""
     caller = Identity(tier, "ann", "https://idp", claims)
     decision = decide(policy, caller, [n for n in asked.split(",") if n], GET, may_downgrade)
     assert expected == Expected(
@@ -207,14 +206,13 @@ DETAILS = [
 @pytest.mark.parametrize(
     ("tier", "claims", "asked", "detail"), [row[1:] for row in DETAILS], ids=[row[0] for row in DETAILS]
 )
-def test_a_denial_tells_why(tier: int, claims: dict[str, Any], asked: str, detail: str) -> None:
-    """The detail is one sentence for the caller: names and tiers, no claim."""
+def test_the_detail_says_why(tier: int, claims: dict[str, Any], asked: str, detail: str) -> None:
+    """In one sentence for the caller, with names and tiers but no claim."""
     decision = decide(TABLE, Identity(tier, claims=claims), [n for n in asked.split(",") if n], GET, downgrade=NEVER)
     assert decision.detail == detail
 
 
-def test_every_denial_has_a_status() -> None:
-    """Each reason but `permitted` has an HTTP status of 400 or above."""
+def test_every_reason_but_permitted_has_an_error_status() -> None:
     assert set(STATUS) == set(Reason) - {Reason.PERMITTED}
     assert all(400 <= status < 600 for status in STATUS.values())
 
@@ -234,14 +232,16 @@ ALLOW_RULES = [
     ('request.headers["x-team"] == "red"', True, {}, True, 0),
     ('request.headers["x-absent"] == "red"', True, {}, False, 1),
     ('request.headers.exists(h, h.startsWith(":"))', True, {}, False, 0),
-    ('request.method == "GET"', False, {}, False, 1),  # a policy that hides the request from its rules grants nothing
+    ('request.method == "GET"', False, {}, False, 1),  # rules cannot see the request: nothing is granted
     ('claims.name == "x"', False, {"name": "\ud800"}, False, 1),
 ]
 
 
 @pytest.mark.parametrize(("source", "reads_request", "claims", "permitted", "errors"), ALLOW_RULES)
-def test_allow_rules(source: str, reads_request: bool, claims: dict[str, Any], permitted: bool, errors: int) -> None:
-    """An allow rule permits only by `true`; one that fails strikes the expert and is named in `errors`."""
+def test_an_allow_rule_permits_only_if_it_is_true(
+    source: str, reads_request: bool, claims: dict[str, Any], permitted: bool, errors: int
+) -> None:
+    """A rule that fails strikes the expert and is named in `errors`."""
     policy = Policy(
         tiers=("low",), experts=experts(Expert("X", 0, "x", allow=rule(source))), reads_request=reads_request
     )
@@ -250,8 +250,8 @@ def test_allow_rules(source: str, reads_request: bool, claims: dict[str, Any], p
     assert decision.errors == ("experts.X.allow",) * errors
 
 
-def test_a_rule_that_fails_is_counted_once_a_decision() -> None:
-    """An expert that is asked for and is a fallback of another is judged once."""
+def test_a_failing_rule_is_counted_once_per_decision() -> None:
+    """An expert that is asked for and is also another's fallback is evaluated once."""
     broken = Expert("X", 0, "x", downgrade_to=("Y",), allow=rule("claims.absent", "experts.X.allow"))
     other = Expert("Y", 0, "y", downgrade_to=("X",), allow=rule("claims.absent", "experts.Y.allow"))
     decision = decide(Policy(tiers=("low",), experts=experts(broken, other)), Identity(0), ["X", "Y"], GET)
@@ -268,7 +268,7 @@ HIDDEN = [
 
 @pytest.mark.parametrize(("header", "request_"), HIDDEN, ids=[header for header, _ in HIDDEN])
 def test_rules_cannot_read_tokens_or_repeated_headers(header: str, request_: Request) -> None:
-    """Token headers, pseudo headers and headers that came twice are not there for a rule."""
+    """Nor pseudo headers."""
     policy = Policy(
         tiers=("low",),
         experts=experts(Expert("X", 0, "x", allow=rule(f'"{header}" in request.headers'))),
@@ -292,31 +292,31 @@ CLEARANCE = [
 
 @pytest.mark.parametrize(("claims", "tier", "errors"), CLEARANCE)
 def test_clearance_is_the_first_rule_that_holds(claims: dict[str, Any], tier: int, errors: tuple[str, ...]) -> None:
-    """No rule holds: the lowest tier. A rule that fails is passed over and named."""
+    """If none holds, it is the lowest tier. A rule that fails is skipped and named."""
     rules = (
         ClearanceRule(rule('claims.plan == "premium"', "clearance[0].when"), HIGH),
         ClearanceRule(rule('"staff" in claims.groups', "clearance[1].when"), MID),
     )
     assert clearance(replace(TABLE, clearance=rules), claims) == (tier, errors)
     reads = replace(TABLE, clearance=rules, claims_read=frozenset({"plan", "groups"}))
-    odd = "name" in claims  # a claim that CEL cannot hold spoils only the rules that may read it
+    odd = "name" in claims  # a claim that CEL cannot represent fails only the rules that may read it
     assert clearance(reads, claims) == ((HIGH, ()) if odd else (tier, errors))
 
 
-def test_no_clearance_rules_give_the_lowest_tier() -> None:
-    """A verified caller without a rule is of the lowest tier, whatever the claims say."""
+def test_without_clearance_rules_the_tier_is_the_lowest() -> None:
+    """Whatever the claims of a verified caller say."""
     assert clearance(TABLE, {"tier": "high"}) == (LOW, ())
 
 
 @pytest.mark.parametrize("asked", [["A"], ["C"], ["Z"], []], ids=["allow", "deny", "unknown", "nothing"])
 def test_a_decision_names_the_clearance_rules_that_failed(asked: list[str]) -> None:
-    """`errors` holds the caller's failed clearance rules, so that they are counted whatever the verdict."""
+    """So they are counted whatever the verdict."""
     caller = Identity(LOW, errors=("clearance[0].when",))
     assert decide(TABLE, caller, asked, GET).errors == ("clearance[0].when",)
 
 
 def test_a_refusal_is_a_denial() -> None:
-    """`refuse` gives DENY with the refusal's reason and status, and serves nobody."""
+    """With the refusal's reason and status, and no expert to serve."""
     decision = refuse(Refusal(Reason.BAD_GATE, "why"), "low")
     assert (decision.verdict, decision.status, decision.serve) == (Verdict.DENY, 400, ())
     assert (decision.detail, decision.caller_tier) == ("why", "low")
@@ -351,7 +351,7 @@ def may_have(case: Case, name: str) -> bool:
 
 
 def reference(case: Case) -> tuple[str, list[str]]:
-    """The design's rule, once more and without the code."""
+    """The rule once more, written independently of the code."""
     known = case.policy.experts
     requested = [n for i, n in enumerate(case.asked) if n in known and n not in case.asked[:i]]
     serve = [n for n in requested if may_have(case, n)]
@@ -364,15 +364,14 @@ def reference(case: Case) -> tuple[str, list[str]]:
 
 
 @given(cases())
-def test_agrees_with_the_reference(case: Case) -> None:
-    """Verdict and candidates are those of an independent reading of the rule."""
+def test_verdict_and_experts_are_those_of_an_independent_implementation(case: Case) -> None:
     decision = case.decide()
     assert (decision.verdict, list(decision.serve)) == reference(case)
 
 
 @given(cases())
-def test_serves_only_the_permitted(case: Case) -> None:
-    """Whoever serves is a known expert, permitted to the caller in itself, and named once."""
+def test_only_permitted_experts_serve(case: Case) -> None:
+    """Each expert that serves is known, is itself permitted to the caller, and is named once."""
     decision = case.decide()
     assert len(set(decision.serve)) == len(decision.serve)
     assert all(n in case.policy.experts and may_have(case, n) for n in decision.serve)
@@ -380,7 +379,7 @@ def test_serves_only_the_permitted(case: Case) -> None:
 
 @given(cases())
 def test_verdicts_mean_what_they_say(case: Case) -> None:
-    """Allow: all that was asked and is known. Deny: nobody. Downgrade: somebody else or fewer, and not if forbidden."""
+    """Allow: every known expert asked for. Deny: none. Downgrade: others or fewer, and never if forbidden."""
     decision = case.decide()
     assert (decision.verdict is Verdict.ALLOW) == (decision.serve == decision.requested != ())
     assert (decision.verdict is Verdict.DENY) == (decision.serve == ())
@@ -390,8 +389,8 @@ def test_verdicts_mean_what_they_say(case: Case) -> None:
 
 
 @given(cases(), st.data())
-def test_a_lower_clearance_never_adds_an_expert(case: Case, data: st.DataObject) -> None:
-    """Of the experts asked for, a lower tier permits a part of what a higher one does; it denies what that denies."""
+def test_a_lower_clearance_adds_no_expert(case: Case, data: st.DataObject) -> None:
+    """Of the experts asked for, a lower tier permits a subset of what a higher tier does, and denies all it denies."""
     lower = replace(case.caller, tier=data.draw(st.integers(0, case.caller.tier)))
     before, after = case.decide(), case.decide(caller=lower)
     asked = set(before.requested)
@@ -403,7 +402,7 @@ def test_a_lower_clearance_never_adds_an_expert(case: Case, data: st.DataObject)
 
 @given(cases(), st.data())
 def test_an_unknown_name_changes_no_verdict(case: Case, data: st.DataObject) -> None:
-    """Beside known names an unknown one changes nothing but what is reported; it never turns a denial around."""
+    """Among known names it changes only what is reported, and it never reverses a denial."""
     place = data.draw(st.integers(0, len(case.asked)))
     before, after = case.decide(), case.decide(asked=[*case.asked[:place], "nobody-at-all", *case.asked[place:]])
     assert (after.verdict, after.serve) == (before.verdict, before.serve)
@@ -412,8 +411,8 @@ def test_an_unknown_name_changes_no_verdict(case: Case, data: st.DataObject) -> 
 
 
 @given(cases())
-def test_forbidding_a_downgrade_only_takes_away(case: Case) -> None:
-    """`x-srp-downgrade: never` leaves an allow as it is and makes a downgrade a denial."""
+def test_forbidding_a_downgrade_only_removes_experts(case: Case) -> None:
+    """`x-srp-downgrade: never` does not change an allow and turns a downgrade into a denial."""
     free, strict = case.decide(may_downgrade=True), case.decide(may_downgrade=False)
     assert set(strict.serve) <= set(free.serve)
     assert strict.serve == (free.serve if free.verdict is Verdict.ALLOW else ())
@@ -421,8 +420,8 @@ def test_forbidding_a_downgrade_only_takes_away(case: Case) -> None:
 
 
 @given(cases())
-def test_is_deterministic_and_tells_all_it_struck(case: Case) -> None:
-    """The same question has the same answer; every expert asked for is either struck or permitted."""
+def test_a_decision_is_deterministic_and_lists_every_struck_expert(case: Case) -> None:
+    """Each expert asked for is either struck or permitted."""
     first, again = case.decide(), case.decide()
     fields = ("verdict", "reason", "requested", "serve", "struck", "unknown", "detail", "required_tier", "errors")
     assert [getattr(first, f) for f in fields] == [getattr(again, f) for f in fields]

@@ -817,7 +817,10 @@ def test_signed_nonsense_is_judged_and_does_not_raise(body: dict[str, Any], head
     """Whatever an issuer signs is verified or refused; what is verified keeps the rules."""
     payload = {"exp": NOW + 300, "aud": AUDIENCE, "iss": ISSUER, **body}
     found = verify(
-        replace(POLICY, revoked=Revoked()), {ISSUER: parse_jwks(tokens.jwks("ES256")).keys}, sign(payload, header=head), NOW
+        replace(POLICY, revoked=Revoked()),
+        {ISSUER: parse_jwks(tokens.jwks("ES256")).keys},
+        sign(payload, header=head),
+        NOW,
     )
     if isinstance(found, Refusal):
         assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, None)

@@ -1,4 +1,4 @@
-"""What the rooms' tests share: tokens, policies, a real Envoy, a whole running system."""
+"""What the tests of several rooms share: tokens, policies, a real Envoy, a whole running system."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The manifests as a cluster would get them: rendered by kubectl, and looked at from the side of the pods."""
+"""The manifests as a cluster would get them: rendered by kubectl, and read from the point of view of the pods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.harness import ROOT
 BESIDE = Path(sys.executable).parent
 Manifest = dict[str, Any]
 
-# What is rendered: an overlay, or the base with components that no overlay has.
+# What is rendered: each overlay, and the base with each component that no overlay uses.
 OVERLAYS = ("kind", "minikube", "dev", "production")
 COMPONENTS = ("cluster-tokens", "monitoring")
 
@@ -51,7 +51,7 @@ def _kustomize(folder: Path) -> tuple[Manifest, ...]:
     command = [tool("kubectl"), "kustomize", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # warnings of things that will go
+    assert result.stderr == ""  # deprecation warnings
     return tuple(yaml.safe_load_all(result.stdout))
 
 
@@ -109,7 +109,7 @@ def gateway(manifests: tuple[Manifest, ...]) -> Pods:
 
 
 def selected(manifests: tuple[Manifest, ...], selector: Manifest) -> list[Pods]:
-    """The pods that a label selector, or the plain labels of a Service, picks."""
+    """The pods that a label selector, or a Service's plain labels, select."""
     wanted = selector.get("matchLabels", {}) if "matchLabels" in selector or not selector else selector
     assert "matchExpressions" not in selector
     return [p for p in pods(manifests) if wanted.items() <= p.labels.items()]
@@ -126,7 +126,7 @@ def flag(arguments: list[str], name: str) -> str:
 
 
 def mounted(pod: Pods, container: Manifest, path: str, manifests: tuple[Manifest, ...]) -> str:
-    """What a container reads at `path`, which must be a key of a ConfigMap that is mounted there."""
+    """What a container reads at `path`, which must be a key of a mounted ConfigMap."""
     folder, _, key = path.rpartition("/")
     (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == folder)
     content: str = named(manifests, "ConfigMap", pod.volume(mount["name"])["configMap"]["name"])["data"][key]

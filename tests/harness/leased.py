@@ -1,16 +1,13 @@
-"""ext_authz in this process, real Envoys with and without leases before it, and one expert that tells what it got."""
+"""ext_authz in this process, real Envoys with and without leases in front of it, and one expert that records."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import subprocess
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,26 +15,23 @@ from typing import Any
 import grpc.aio
 import yaml
 
+from ext_authz.demo.ports import HOST, free_ports
 from ext_authz.observe.metrics import Tally
 from ext_authz.serve.authorization import Authorization
 from ext_authz.serve.control import Control, Leasing
 from ext_authz.serve.epoch import NO_POLICY, Epoch
 from ext_authz.sources.keys import KeyStore, Pace
 from ext_authz.wire.ads import Ads
-from ext_authz.wire.bootstrap import bootstrap, envoy_file
-from tests.harness import tokens
-from tests.harness.rig import Loop, Upstream
-from tests.harness.system import ENVOY, HOST, free_ports
+from ext_authz.wire.bootstrap import envoy_file
+from tests.harness import envoy, tokens
+from tests.harness.loop import Loop
+from tests.harness.policies import HEAD
+from tests.harness.proxy import Proxy
+from tests.harness.upstream import Upstream
+from tests.harness.waiting import wait_for
 
-POLICY = """\
-version: 1
-tiers: [low, high]
-issuers:
-  - {{issuer: {issuer}, audiences: [{audience}], algorithms: [ES256], jwks: {{file: jwks.json}}}}
-anonymous: low
+RULES = """\
 leeway: 1s
-clearance:
-  - {{when: 'claims.plan == "premium"', tier: high}}
 experts:
   A: {{tier: low, cluster: expert-a, endpoints: ["{at}"], health: false}}
   B: {{tier: low, cluster: expert-b, endpoints: ["{at}"], health: false}}
@@ -54,104 +48,20 @@ gate:
   - {{prefix: /, header: x-expert-names, default: [A, B]}}
 """
 
-# The expert is to see whom the decision permits.
-_SHOWN = "request_headers_to_remove: [x-target-cluster, x-requested-cluster]"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the client got, and what the expert did (None if no expert was asked). Header names in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    upstream: dict[str, str] | None = None
-
-    @property
-    def id(self) -> str:
-        return self.headers.get("x-srp-decision-id", "")
-
-
-@dataclass(repr=False)
-class Proxy:
-    """One Envoy of one worker thread."""
-
-    upstream: Upstream
-    port: int
-    admin: int
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def send(
-        self,
-        path: str = "/x",
-        *,
-        token: str | None = None,
-        experts: str | None = None,
-        headers: Sequence[tuple[str, str]] = (),
-        body: bytes | None = None,
-        method: str = "GET",
-        chunked: bool = False,
-        pause: float = 0.0,
-    ) -> Answer:
-        """One request on a connection of its own, its headers as given; its body comes `pause` seconds after them."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=10)
-        before = len(self.upstream.seen)
-        with contextlib.closing(connection):
-            connection.putrequest(method, path, skip_accept_encoding=True)
-            if token is not None:
-                connection.putheader("authorization", f"Bearer {token}")
-            if experts is not None:
-                connection.putheader("x-expert-names", experts)
-            for name, value in headers:
-                connection.putheader(name, value)
-            if chunked:
-                connection.putheader("transfer-encoding", "chunked")
-            elif body is not None:
-                connection.putheader("content-length", str(len(body)))
-            connection.endheaders()
-            time.sleep(pause)
-            if chunked:
-                connection.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n")
-            elif body:
-                connection.send(body)
-            response = connection.getresponse()
-            found = {k.lower(): v for k, v in response.getheaders()}
-            content = response.read()
-        seen = self.upstream.seen[before:]
-        got = {k.lower(): ",".join(seen[-1].headers.getall(k)) for k in seen[-1].headers} if seen else None
-        return Answer(response.status, found, content, got)
-
-    def leased(self, **request: Any) -> bool:
-        """Whether the second of two such requests is answered by the decision on the first."""
-        first, second = self.send(**request), self.send(**request)
-        assert first.status == second.status
-        return first.id == second.id
-
-    def counters(self) -> dict[str, int]:
-        """The lease filter's counters of this epoch, those of all pushes, and how often ext_authz was not asked."""
-        stats = self._admin("/stats?format=json&filter=lua.lease|srp.lease.config_reload|ext_authz.disabled")["stats"]
-        found = dict.fromkeys(("hits", "misses", "stores", "evictions"), 0)
-        return found | {s["name"].rpartition(".")[2]: s["value"] for s in stats if "value" in s}
-
-    def memory(self) -> int:
-        return int(self._admin("/memory")["allocated"])
-
-    def _admin(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{HOST}:{self.admin}{path}", timeout=5) as response:
-            return json.load(response)
+# Removed from the template, so that the expert sees whom the decision permits.
+_HIDES_TARGET = "request_headers_to_remove: [x-target-cluster, x-requested-cluster]"
 
 
 @dataclass(repr=False)
 class Leased:
-    """The whole. What is asynchronous runs on `loop`, by `run`."""
+    """All of it. Coroutines run on `loop`, through `run`."""
 
     directory: Path
     upstream: Upstream = field(default_factory=lambda: Upstream("any"))
     loop: Loop = field(default_factory=Loop)
     tally: Tally = field(default_factory=Tally)
     proxies: list[Proxy] = field(default_factory=list)
-    held: asyncio.Event | None = None  # while set, answers of ext_authz wait for it, once decided
+    held: asyncio.Event | None = None  # if there is one, ext_authz decides at once and answers when it is set
     decided: int = 0
 
     @property
@@ -160,8 +70,8 @@ class Leased:
 
     @property
     def text(self) -> str:
-        """The policy that every test begins with."""
-        return POLICY.format(issuer=tokens.ISSUER, audience=tokens.AUDIENCE, at=f"{HOST}:{self.upstream.port}")
+        """The policy that every test starts with."""
+        return HEAD + RULES.format(at=f"{HOST}:{self.upstream.port}")
 
     def run(self, work: Any) -> Any:
         return self.loop.run(work)
@@ -199,35 +109,26 @@ class Leased:
         (self.directory / "jwks.json").write_text(json.dumps({"keys": keys}))
 
     def add_proxy(self, change: Callable[[Any], None] = lambda manager: None) -> Proxy:
-        """A running Envoy; `change` has its HTTP connection manager in hand before it starts."""
-        template = envoy_file("envoy.yaml").read_text().replace(_SHOWN, "request_headers_to_remove: []")
-        assert template != envoy_file("envoy.yaml").read_text()
+        """A running Envoy; `change` may edit its HTTP connection manager before the start."""
         port, admin = free_ports(2)
-        config = yaml.safe_load(
-            bootstrap(
-                template,
-                listen=(HOST, port), admin=(HOST, admin), socket=f"{self.directory}/authz.sock",
-                lua=str(envoy_file("least_request.lua")),
-            )
-        )  # fmt: skip
+        config = yaml.safe_load(envoy.configuration(port, admin, f"{self.directory}/authz.sock", _showing_target))
         manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         authz = next(f for f in manager["http_filters"] if f["name"] == "envoy.filters.http.ext_authz")
-        authz["typed_config"]["grpc_service"]["timeout"] = "5s"  # this process has better things to do, too
+        authz["typed_config"]["grpc_service"]["timeout"] = "5s"  # this process does much besides deciding
         change(manager)
         file = self.directory / f"envoy-{port}.yaml"
         file.write_text(yaml.safe_dump(config))
         log = self.directory / f"envoy-{port}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [ENVOY, "-c", str(file), "--concurrency", "1", "--log-level", "warning", "--disable-hot-restart"],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                envoy.command(file, 1), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
         proxy = Proxy(self.upstream, port, admin, process, log)
         self.proxies.append(proxy)
-        wait_for(lambda: proxy.send(experts="O").status == 200, "envoy")
+        wait_for(lambda: proxy.send(experts="O").status == 200, "envoy", self)
         return proxy
 
-    def granting(self) -> None:
+    def wait_for_leases(self) -> None:
         """Until leases are granted."""
         wait_for(lambda: self.control.lease_epoch is not None, "leases")
 
@@ -237,7 +138,7 @@ class Leased:
         assert self.run(self.control.reload()) or self.control.status.error is None
 
     def rotate(self, *names: str) -> None:
-        """Have these keys and no others, everywhere."""
+        """Put these keys, and no others, in force."""
         self.write_keys(*names)
 
         async def play() -> None:
@@ -264,15 +165,20 @@ class Leased:
         self.loop.close()
 
 
+def _showing_target(template: str) -> str:
+    assert _HIDES_TARGET in template
+    return template.replace(_HIDES_TARGET, "request_headers_to_remove: []")
+
+
 def without_leases(manager: Any) -> None:
-    """Somebody else's Envoy: it has ext_authz and never heard of leases."""
+    """An Envoy that has ext_authz and does not know leases."""
     del manager["http_filters"][0]
     del manager["http_filters"][0]["typed_config"]["filter_enabled_metadata"]
 
 
 @contextlib.contextmanager
 def leased(entries: int = 1000, settle: float = 0.05) -> Iterator[Leased]:
-    """A running system without an Envoy yet."""
+    """A running system, without an Envoy so far."""
     with tempfile.TemporaryDirectory(prefix="srp-") as made:
         it = Leased(Path(made))
         it.run(it.start(entries, settle))
@@ -280,14 +186,3 @@ def leased(entries: int = 1000, settle: float = 0.05) -> Iterator[Leased]:
             yield it
         finally:
             it.close()
-
-
-def wait_for(holds: Callable[[], bool], what: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if holds():
-                return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Policies for tests: the demo's, and any other by what it differs in from a small one."""
+"""Policies for tests: the demo's, and a small one of which any part can be replaced."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from jwt.algorithms import ECAlgorithm
 
 from ext_authz.core.policy import Policy
 from ext_authz.policyfile.parse import parse_policy
+from tests.harness.tokens import AUDIENCE, ISSUER
+
+# Who calls: the callers of `tokens`, some of them premium, and anonymous ones. The rest of a policy follows.
+HEAD = f"""\
+version: 1
+tiers: [low, high]
+issuers:
+  - {{issuer: {ISSUER}, audiences: [{AUDIENCE}], algorithms: [ES256], jwks: {{file: jwks.json}}}}
+anonymous: low
+clearance:
+  - {{when: 'claims.plan == "premium"', tier: high}}
+"""
 
 # Fields: issuer, audience, jwks (a path), and the endpoints a, b and c (each `host:port`, or several with commas).
 DEMO = """\
@@ -48,7 +60,7 @@ SMALL: dict[str, Any] = {
 
 
 def text(**overrides: Any) -> str:
-    """The text of the small policy, with top-level keys replaced; a key given as None is left out. JSON is YAML."""
+    """The small policy's text, as JSON, with top-level keys replaced; None removes a key."""
     data = {key: value for key, value in (SMALL | overrides).items() if value is not None}
     return json.dumps(data, indent=1, ensure_ascii=False)
 
@@ -59,9 +71,20 @@ def policy(base: Path = Path(), **overrides: Any) -> Policy:
 
 
 def write_keys(directory: Path) -> None:
-    """Key files for issuers: `jwks.json`, `private.json` (which is to be refused) and `secret`, of 32 bytes."""
+    """Key files for issuers: `jwks.json`, `private.json` (which must be refused) and `secret`, of 32 bytes."""
     private = ec.generate_private_key(ec.SECP256R1())
     for name, key in (("jwks", private.public_key()), ("private", private)):
         jwk = {**ECAlgorithm.to_jwk(key, as_dict=True), "kid": "test"}
         (directory / f"{name}.json").write_text(json.dumps({"keys": [jwk]}))
     (directory / "secret").write_bytes(b"s" * 31 + b"!")
+
+
+def with_stand_ins(**c: Any) -> Policy:
+    """A and B are low, D is high; C is high, and B, D and A stand in for it. `c` replaces keys of expert C."""
+    experts = {
+        "A": {"tier": "low", "endpoints": ["a:1"]},
+        "B": {"tier": "low", "endpoints": ["b:1"], "weight": 3, "allow": "claims.org == 'acme'"},
+        "C": {"tier": "high", "endpoints": ["c:1"], "downgrade_to": ["B", "D", "A"], "unavailable": "downgrade", **c},
+        "D": {"tier": "high", "endpoints": ["d:1"]},
+    }
+    return policy(experts=experts, lease="30s", gate=[{"prefix": "/", "header": "x-expert-names"}])

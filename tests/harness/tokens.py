@@ -1,4 +1,4 @@
-"""Real keys and really signed tokens, hostile ones too. Keys are made once a session."""
+"""Real keys and really signed tokens, including hostile ones. Keys are generated once per process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALGORITHMS = get_default_algorithms()
 
 @cache
 def private_key(alg: str, name: str = "") -> Any:
-    """The key that signs with `alg`: another one for each `name`. HS256's is a secret of 64 bytes."""
+    """The key that signs with `alg`, one for each `name`. HS256's is a secret of 64 bytes."""
     if alg.startswith("HS"):
         return f"a secret of sixty-four bytes for the tests only {name}".ljust(64, ".").encode()
     if alg.startswith(("RS", "PS")):
@@ -33,7 +33,7 @@ def private_key(alg: str, name: str = "") -> Any:
 
 
 def jwk(alg: str, name: str = "", /, **members: Any) -> dict[str, Any]:
-    """The public key of `private_key(alg, name)` as its issuer publishes it; `members` added, or left out if None."""
+    """The public key of `private_key(alg, name)` as its issuer publishes it; `members` are added, None removes one."""
     public = _ALGORITHMS[alg].to_jwk(private_key(alg, name).public_key(), as_dict=True)
     plain = {k: v for k, v in public.items() if k != "key_ops"}
     full = {**plain, "use": "sig", "alg": alg, "kid": kid_of(alg, name), **members}
@@ -50,7 +50,7 @@ def kid_of(alg: str, name: str = "") -> str:
 
 
 def claims(**over: Any) -> dict[str, Any]:
-    """The claims of a caller in good standing; `over` replaces some, or leaves them out if None."""
+    """The claims of a valid token; `over` replaces some, None removes one."""
     now = int(time.time())
     full = {"iss": ISSUER, "aud": AUDIENCE, "sub": "ada", "iat": now, "exp": now + 300, **over}
     return {k: v for k, v in full.items() if v is not None}
@@ -63,19 +63,19 @@ def sign(
     header: Mapping[str, Any] | None = None,
     name: str = "",
 ) -> str:
-    """A token; `kid` defaults to the key's own and is left out if None; `header` adds to the header or replaces."""
+    """A token. `kid` defaults to the key's own, None removes it; `header` adds or replaces header members."""
     named = {} if kid is None else {"kid": kid or kid_of(alg, name)}
     full = {"alg": alg, "typ": "JWT", **named, **(header or {})}
     return raw_token(json.dumps(full).encode(), json.dumps(payload).encode(), alg, name)
 
 
 def raw_token(header: bytes, payload: bytes, alg: str = "ES256", name: str = "") -> str:
-    """A token over any bytes at all, properly encoded and signed with `alg`, whatever the header says."""
+    """A token over arbitrary bytes, properly encoded and signed with `alg`, whatever the header says."""
     return raw_parts(b64(header), b64(payload), alg, name)
 
 
 def raw_parts(header: str, payload: str, alg: str = "ES256", name: str = "") -> str:
-    """A token over two parts that are already encoded, or badly: padded, with unused bits set, empty."""
+    """A token over two parts that are already encoded, perhaps badly: padded, with unused bits set, empty."""
     signed = f"{header}.{payload}"
     return f"{signed}.{b64(_ALGORITHMS[alg].sign(signed.encode(), private_key(alg, name)))}"
 
@@ -85,7 +85,7 @@ def b64(data: bytes) -> str:
 
 
 def with_unused_bit(part: str) -> str:
-    """The same bytes by a lenient decoder, another text: needs a part whose length leaves bits unused."""
+    """Another text that a lenient decoder decodes to the same bytes. The part's length must leave bits unused."""
     if len(part) % 4 not in (2, 3):
         raise ValueError("every bit of this part is used")
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"

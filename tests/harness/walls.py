@@ -1,6 +1,6 @@
-"""A wall for import-linter: modules that may import what is listed, and nothing else.
+"""A contract for import-linter: modules that may import what is listed, and nothing else.
 
-A list of what is forbidden forgets whatever is written after it. This list has to be extended by hand instead.
+A list of forbidden modules misses every module that is written later. This list has to be extended by hand instead.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from importlinter import Contract, ContractCheck, fields, output
 
 
 class AllowlistContract(Contract):
-    """`source_modules` and all below them import each other and `allowed_modules`, directly; nothing else."""
+    """`source_modules` and everything below them may import directly only each other and `allowed_modules`."""
 
     source_modules = fields.SetField(subfield=fields.ModuleField())
     allowed_modules = fields.SetField(subfield=fields.ModuleField())
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
-        """Every direct import that the list does not have."""
+        """Every direct import that is not on the list."""
         roots = {module.name for module in self.source_modules}  # type: ignore[attr-defined]
         allowed = roots | {module.name for module in self.allowed_modules}  # type: ignore[attr-defined]
         sources = roots.union(*(graph.find_descendants(root) for root in roots))

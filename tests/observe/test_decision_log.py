@@ -27,7 +27,9 @@ from ext_authz.observe.decision_log import DecisionLog
 from ext_authz.observe.decision_record import MAX_PATH, Record, RecordWriter
 from ext_authz.serve.witness import Witness
 from ext_authz.wire.check import INTERNAL
-from tests.harness.asks import asks, authorization, load_policy, snapshot, token, told, wait_until
+from tests.harness.authorization import authorization, load_policy, snapshot
+from tests.harness.checks import check_request, client_headers, token
+from tests.harness.waiting import wait_for
 
 # ---- what a record holds ---------------------------------------------------------------------------------------------
 
@@ -43,7 +45,7 @@ def record(policy: Policy, *calls: bytes) -> list[dict[str, Any]]:
     async def make() -> None:
         it.witness = witness
         for call in calls:
-            answer = told(await it.check(call))
+            answer = client_headers(await it.check(call))
             await asyncio.sleep(0)
             assert json.loads(lines[-1])["decision_id"] == answer["x-srp-decision-id"]
             assert json.loads(lines[-1])["policy"] == answer["x-srp-policy"] == policy.digest
@@ -58,31 +60,31 @@ NOBODY = {"anonymous": True, "claims": {}, "absent": []}
 
 RECORDS = [
     # name, Check call, what the record must say
-    ("allowed", asks("A", "B"), {
+    ("allowed", check_request("A", "B"), {
         "verdict": "allow", "reason": "permitted", "requested": ["A", "B"], "serve": ["A", "B"], "tier": "low",
         "downgrade": True, "method": "POST", "path": "/x", **NOBODY,
     }),
-    ("the claims of log_claims", asks("C", caller=token(plan="premium", email="ada@example.com")), {
+    ("the claims of log_claims", check_request("C", caller=token(plan="premium", email="ada@example.com")), {
         "verdict": "allow", "serve": ["C"], "tier": "high", **PREMIUM,
     }),
-    ("downgraded", asks("A", "C"), {"verdict": "downgrade", "reason": "tier_too_low", "serve": ["A"]}),
-    ("forbidden to", asks("A", "C", x_srp_downgrade="never"), {"reason": "downgrade_forbidden", "downgrade": False}),
-    ("unknown names are kept", asks("X", "A"), {"verdict": "allow", "requested": ["A", "X"], "serve": ["A"]}),
-    ("only unknown names", asks("X"), {"verdict": "deny", "reason": "unknown_expert", "requested": ["X"]}),
-    ("the default", asks(path="/route"), {"requested": ["A", "B"], "path": "/route"}),
-    ("no query", asks("A", path="/x?access_token=secret"), {"path": "/x"}),
-    ("bad gate", asks(path="/route", body=b"{"), {"reason": "bad_gate", "requested": None, "serve": [], **NOBODY}),
-    ("bad token", asks("A", caller="garbage"), {
+    ("downgraded", check_request("A", "C"), {"verdict": "downgrade", "reason": "tier_too_low", "serve": ["A"]}),
+    ("forbidden to", check_request("A", "C", x_srp_downgrade="never"), {"reason": "downgrade_forbidden", "downgrade": False}),
+    ("unknown names are kept", check_request("X", "A"), {"verdict": "allow", "requested": ["A", "X"], "serve": ["A"]}),
+    ("only unknown names", check_request("X"), {"verdict": "deny", "reason": "unknown_expert", "requested": ["X"]}),
+    ("the default", check_request(path="/route"), {"requested": ["A", "B"], "path": "/route"}),
+    ("no query", check_request("A", path="/x?access_token=secret"), {"path": "/x"}),
+    ("bad gate", check_request(path="/route", body=b"{"), {"reason": "bad_gate", "requested": None, "serve": [], **NOBODY}),
+    ("bad token", check_request("A", caller="garbage"), {
         "verdict": "deny", "reason": "invalid_token", "requested": None, "tier": None, "anonymous": False,
         "claims": None,
     }),
     ("unreadable", b"\xff", {"reason": "internal_error", "requested": None, "method": "", "path": ""}),
-    ("a path too long to keep", asks("A", path="/" + "x" * MAX_PATH), {"path": None}),
-    ("no second line", asks("A", path="/a\nb", method="G\r\n"), {"path": "/a\nb", "method": "G\r\n"}),
-    ("claims no condition can read", asks("A", caller=token(plan="\ud800")), {
+    ("a path too long to keep", check_request("A", path="/" + "x" * MAX_PATH), {"path": None}),
+    ("no second line", check_request("A", path="/a\nb", method="G\r\n"), {"path": "/a\nb", "method": "G\r\n"}),
+    ("claims no condition can read", check_request("A", caller=token(plan="\ud800")), {
         "anonymous": False, "claims": None, "absent": [],
     }),
-    ("such a claim that no condition reads", asks("C", caller=token(plan="premium", other="\ud800")), {
+    ("such a claim that no condition reads", check_request("C", caller=token(plan="premium", other="\ud800")), {
         "verdict": "allow", "tier": "high", "anonymous": False, "claims": {"plan": "premium"}, "absent": ["org"],
     }),
 ]  # fmt: skip
@@ -116,17 +118,17 @@ def test_a_record_can_be_read_back(tmp_path: Path) -> None:
 def test_nothing_of_token_header_body_or_other_claims_is_in_it(tmp_path: Path) -> None:
     """Only what the policy lists of the claims, nothing of what carried them."""
     caller = token(plan="premium", email="ada@example.com", sub="secret-subject")
-    call = asks("C", caller=caller, path="/x?q=secret-query", body=b"secret-body", x_secret="secret-header")
-    text = json.dumps(record(load_policy(tmp_path), call, asks("C", caller=caller + "x")))
+    call = check_request("C", caller=caller, path="/x?q=secret-query", body=b"secret-body", x_secret="secret-header")
+    text = json.dumps(record(load_policy(tmp_path), call, check_request("C", caller=caller + "x")))
     assert not [part for part in ("secret", "example", *caller.split(".")) if part in text]
 
 
 def test_the_same_decision_and_caller_are_written_anew_each_time(tmp_path: Path) -> None:
     """What is kept of a record is not its id, its time, or its caller's claims."""
     calls = [
-        asks("A", caller=token(plan="free")),
-        asks("A", caller=token(plan="premium")),
-        asks("A", caller=token(plan="free")),
+        check_request("A", caller=token(plan="free")),
+        check_request("A", caller=token(plan="premium")),
+        check_request("A", caller=token(plan="free")),
     ]
     told_of = record(load_policy(tmp_path), *calls, *calls)
     assert [t["claims"]["plan"] for t in told_of] == ["free", "premium", "free"] * 2
@@ -167,7 +169,7 @@ WRONG = [
 @pytest.mark.parametrize(("member", "value"), WRONG)
 def test_a_member_of_the_wrong_type_is_no_record(tmp_path: Path, member: str, value: Any) -> None:
     """A log may have been edited."""
-    (good,) = record(load_policy(tmp_path), asks("A"))
+    (good,) = record(load_policy(tmp_path), check_request("A"))
     with pytest.raises(ValueError, match="not a decision record"):
         Record.read(json.dumps(good | {member: value}).encode())
 
@@ -208,7 +210,7 @@ def test_lines_are_written_while_it_runs(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         log.add(line(1))
-        wait_until(lambda: log.written == 1, seconds=2)
+        wait_for(lambda: log.written == 1, "the line", seconds=2)
         assert numbers(path) == [1]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -263,7 +265,7 @@ def test_a_file_that_is_taken_away_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         log.add(line(1))
-        wait_until(lambda: log.written == 1)
+        wait_for(lambda: log.written == 1, "the first line")
         path.rename(tmp_path / "away")
         log.add(line(2))
     assert (numbers(tmp_path / "away"), numbers(path)) == ([1], [2])
@@ -301,11 +303,11 @@ def test_a_full_disk_loses_records_and_leaves_no_half_line(tmp_path: Path, caplo
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         log.add(line(0))
-        wait_until(lambda: log.written == 1)
+        wait_for(lambda: log.written == 1, "the first line")
         with full_disk(len(line(0)) + 5):
             for n in (1, 2):
                 log.add(line(n))
-                wait_until(lambda n=n: log.failed == n)  # type: ignore[misc]
+                wait_for(lambda n=n: log.failed == n, "the failure")  # type: ignore[misc]
         log.add(line(3))
     assert numbers(path) == [0, 3]
     assert log.counts == {"written": 2, "dropped": 0, "failed": 2}
@@ -320,10 +322,10 @@ def test_a_folder_that_goes_away_comes_back(tmp_path: Path) -> None:
     folder.mkdir()
     with started(folder / "decisions.jsonl") as log:
         log.add(line(0))
-        wait_until(lambda: log.written == 1)
+        wait_for(lambda: log.written == 1, "the first line")
         folder.rename(tmp_path / "away")
         log.add(line(1))
-        wait_until(lambda: log.failed == 1)
+        wait_for(lambda: log.failed == 1, "the failure")
         folder.mkdir()
         log.add(line(2))
     assert numbers(folder / "decisions.jsonl") == [2]
@@ -352,7 +354,7 @@ def test_the_witness_writes_what_the_server_decides(tmp_path: Path) -> None:
         with started(path) as log:
             it.witness = Witness(None, log)
             for _ in range(20):
-                await it.check(asks("A"))
+                await it.check(check_request("A"))
             await asyncio.sleep(0)
 
     asyncio.run(make())

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from ext_authz.observe import lease_counts, status_text
-from ext_authz.observe.lease_counts import CountsError, LeaseCounter, LeaseCounts, fetch, parse
-from tests.conftest import demo_policy
-from tests.harness import tokens
-from tests.harness.rig import close
-from tests.harness.system import HOST, free_ports, system, wait_for
+from ext_authz.demo.ports import HOST, free_ports
+from ext_authz.observe import lease_counts
+from ext_authz.observe.lease_counts import CountsError, LeaseCounter, LeaseCounts, parse
+from tests.harness.upstream import close
 
 
 def page(**counts: Any) -> bytes:
@@ -141,34 +136,3 @@ def test_without_an_address_nothing_is_asked() -> None:
     asyncio.run(counter.refresh())
     assert counter.report() == {"envoy": None, "error": None}
     assert list(counter.families()) == []
-
-
-def test_a_real_envoy_tells() -> None:
-    """Hits, misses and stores are in the status and among the metrics; when Envoy is gone the pages say so and stay."""
-
-    def metrics(port: int) -> str:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=5) as response:
-            return response.read().decode()
-
-    files = {"jwks.json": tokens.jwks("ES256")}
-    with system(demo_policy, {"A": 1, "B": 1, "C": 1, "D": 1}, files, workers=1) as it:
-        wait_for(lambda: bool(it.status()["leases"]["on"]), "leases")
-        for _ in range(5):
-            assert it.send("/x", headers=[("x-expert-names", "A")], body=b"{}").status == 200
-        counts = it.status()["leases"]["envoy"]
-        assert (counts["misses"], counts["stores"], counts["hits"], counts["errors"]) == (1, 1, 4, 0)
-        assert counts == vars_of(asyncio.run(fetch((HOST, it.admin))))
-        assert counts["repeated"] == 4
-        assert "srp_lease_hits_total 4.0" in metrics(it.status_port)
-        shown = status_text.text(it.status())
-        assert "1 granted; since the epoch began 4 hits, 1 misses, 1 stores, 0 evictions; 4 hits in all" in shown
-        it.envoy.stop()
-        assert "cannot connect" in it.status()["leases"]["error"]
-        assert "srp_lease_counts_error 1.0" in metrics(it.status_port)
-        command = [sys.executable, "-m", "ext_authz", "status", "--address", f"{HOST}:{it.status_port}"]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "; hits unknown\n! envoy's counters on" in printed
-
-
-def vars_of(counts: LeaseCounts) -> dict[str, int]:
-    return {name: getattr(counts, name) for name in counts.__slots__}

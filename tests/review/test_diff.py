@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import time
 from dataclasses import replace
@@ -18,14 +17,14 @@ from ext_authz.core.difference import Difference
 from ext_authz.core.model import Reason, Verdict
 from ext_authz.core.policy import Policy
 from ext_authz.observe.decision_record import Record, RecordWriter
-from ext_authz.progress import Progress
 from ext_authz.review.changes import Effect, changes
 from ext_authz.review.diff import MAX_LINE, compare
-from ext_authz.review.reads import Cause, Unknown
+from ext_authz.review.reads import Cause, NotReplayable
 from ext_authz.review.replay import Replay, Replayed
 from ext_authz.wire import check as wire
 from tests.harness import tokens
-from tests.harness.asks import POLICY, asks, authorization, load_policy, snapshot, token, write_policy
+from tests.harness.authorization import POLICY, authorization, load_policy, snapshot, write_policy
+from tests.harness.checks import check_request, token
 
 Edit = tuple[str, str]
 
@@ -60,28 +59,28 @@ CHANGES: list[tuple[str, list[Edit], list[str]]] = [
     ("a clearance rule's tier", [(RULE, RULE.replace("tier: high", "tier: low"))],
      ["narrower clearance[0].tier high → low"]),
     ("another clearance rule", [(RULE, RULE + RULE.replace("premium", "gold"))],
-     ['unclear clearance[1] in: `claims.plan == "gold"` → high']),
+     ['unclear clearance[1] added: `claims.plan == "gold"` → high']),
     ("another condition", [("premium", "gold")], [
-        'unclear clearance[0] out: `claims.plan == "premium"` → high',
-        'unclear clearance[0] in: `claims.plan == "gold"` → high',
+        'unclear clearance[0] removed: `claims.plan == "premium"` → high',
+        'unclear clearance[0] added: `claims.plan == "gold"` → high',
     ]),
     ("an allow rule", [(C, C + ", allow: 'claims.org == \"acme\"'")],
      ['narrower experts.C.allow none → `claims.org == "acme"`']),
     ("another issuer", [(ISSUER_LINE, ISSUER_LINE + OTHER_ISSUER)],
-     ["wider issuers https://other.example/ is trusted"]),
+     ["wider issuers https://other.example/ is now trusted"]),
     ("another audience", [(tokens.AUDIENCE, f"{tokens.AUDIENCE}, more")],
      [f"wider issuers {tokens.ISSUER} audiences [{tokens.AUDIENCE}] → [{tokens.AUDIENCE}, more]"]),
     ("keys from elsewhere", [("file: jwks.json", "url: https://idp.example.com/jwks")],
-     [f"unclear issuers {tokens.ISSUER} keys come from elsewhere, or otherwise"]),
+     [f"unclear issuers {tokens.ISSUER} the source of its keys changed"]),
     ("revocation", [("version: 1\n", "version: 1\nrevoked: {jti: [a, b], issued_before: 2030-01-01T00:00:00Z}\n")], [
-        "narrower revoked.jti 2 more, 0 no longer", "narrower revoked.issued_before none → 1893456000.0",
+        "narrower revoked.jti 2 added, 0 removed", "narrower revoked.issued_before none → 1893456000.0",
     ]),
     ("the gate", [("default: [A, B]", "default: [A]")], [
-        "neutral gate[0] out: path /route: json /expert_names, default [A, B]",
-        "neutral gate[0] in: path /route: json /expert_names, default [A]",
+        "neutral gate[0] removed: path /route: json /expert_names, default [A, B]",
+        "neutral gate[0] added: path /route: json /expert_names, default [A]",
     ]),
     ("traffic", [('["127.0.0.1:1"]', '["127.0.0.1:9"], weight: 2, timeout: 5s')],
-     ["neutral experts.A other endpoints, weight, timeout"]),
+     ["neutral experts.A changed endpoints, weight, timeout"]),
     ("a cluster", [("cluster: expert-a", "cluster: expert-x")], ["neutral experts.A.cluster expert-a → expert-x"]),
     ("leases", [("version: 1\n", "version: 1\nlease: 1m\n")], ["neutral lease 30s → 60s"]),
     ("the rest", [("log_claims: [plan, org]", "leeway: 1m\nforward_token: true")], [
@@ -186,8 +185,8 @@ REPLAYS: list[tuple[str, list[Edit], list[str], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def outcome(found: Replayed | Unknown) -> str:
-    if isinstance(found, Unknown):
+def outcome(found: Replayed | NotReplayable) -> str:
+    if isinstance(found, NotReplayable):
         return f"{found.cause.value}: {found.detail}".removesuffix(": ")
     return found.difference.value + (" +" if found.widening else "")
 
@@ -203,7 +202,7 @@ def test_a_record_is_replayed_or_it_is_said_why_not(
     record = made(*asked, **({"claims": {"plan": "free"}} | over | of_old))
     replay = Replay(old, new)
     found = replay(record)
-    if isinstance(found, Unknown) and found.cause is Cause.OTHERWISE:
+    if isinstance(found, NotReplayable) and found.cause is Cause.OTHERWISE:
         found = replay(replace(record, verdict=Verdict.DENY, serve=()))
     assert outcome(found) == expected
 
@@ -214,14 +213,14 @@ def test_whom_the_old_policy_let_in_is_not_asked_again(tmp_path: Path) -> None:
         old, new = pair(tmp_path, edit, before=before)  # type: ignore[arg-type]
         replay = Replay(old, new)
         assert outcome(replay(made("A", policy=old.digest))) == "unchanged"
-        assert isinstance(replay(made("A")), Unknown)
+        assert isinstance(replay(made("A")), NotReplayable)
 
 
 def test_a_record_that_does_not_fit_its_policy_is_not_used(tmp_path: Path) -> None:
     """The digest says it is the old policy's, and the old policy decides otherwise: something was not logged."""
     old, new = pair(tmp_path, C_IS_LOW)
     found = Replay(old, new)(made("C", policy=old.digest))
-    assert isinstance(found, Unknown)
+    assert isinstance(found, NotReplayable)
     assert found.cause is Cause.OTHERWISE
 
 
@@ -245,12 +244,14 @@ def test_a_log_of_the_server_is_reproduced_by_its_policy(tmp_path: Path) -> None
     policy = load_policy(tmp_path)
     callers = [None, token(plan="premium"), token(plan="free", org="acme"), token(plan=None)]
     calls = [
-        asks(*experts, caller=caller, **headers)
+        check_request(*experts, caller=caller, **headers)
         for caller in callers
         for experts in (["A"], ["C"], ["A", "C"], ["D"], ["X"], ["X", "A"], [])
         for headers in ({}, {"x_srp_downgrade": "never"})
     ]
-    calls += [asks(path="/route", body=b) for b in (b"", b"{", b'{"expert_names": []}', b'{"expert_names": ["D"]}')]
+    calls += [
+        check_request(path="/route", body=b) for b in (b"", b"{", b'{"expert_names": []}', b'{"expert_names": ["D"]}')
+    ]
     found = [Replay(policy, policy)(record) for record in logged(policy, calls)]
     assert {outcome(f) for f in found} == {"unchanged"}
 
@@ -270,12 +271,14 @@ def test_what_is_replayed_is_what_the_new_policy_decides(tmp_path: Path, edits: 
     """Each request that the old policy decided is given to the new one as well: no replay may tell otherwise."""
     old, new = pair(tmp_path, *edits)
     calls = [
-        asks(*experts, caller=None if claims is None else token(**claims), path=path, **headers)
+        check_request(*experts, caller=None if claims is None else token(**claims), path=path, **headers)
         for claims in CALLERS
         for experts in (["A"], ["C"], ["A", "C"], ["D", "E"], ["B", "X"], [])
         for path, headers in (("/x", {}), ("/route", {"x_srp_downgrade": "never"}), ("/y", {"x_team": "red"}))
     ]
-    calls += [asks(path="/route", body=b) for b in (b"{", b'{"expert_names": []}', b'{"expert_names": ["A", "B"]}')]
+    calls += [
+        check_request(path="/route", body=b) for b in (b"{", b'{"expert_names": []}', b'{"expert_names": ["A", "B"]}')
+    ]
     replay, epoch = Replay(old, new), snapshot(new)
     for call, record in zip(calls, logged(old, calls), strict=True):
         found = replay(record)
@@ -329,7 +332,7 @@ def test_a_log_is_counted_with_examples(tmp_path: Path) -> None:
     assert found.records == 12
     assert found.differences == {Difference.DENY_TO_ALLOW: 5, Difference.UNCHANGED: 2}
     assert found.widening == 5
-    assert found.unknown == {
+    assert found.not_replayable == {
         (Cause.CLAIMS, "clearance[0].when reads claims.email"): 4,
         (Cause.EARLY, ""): 1,
     }
@@ -359,7 +362,7 @@ def test_a_file_without_any_record_is_no_log(tmp_path: Path) -> None:
     assert compare(old, new, [empty, good]).replayed is not None
     for text in ("no record\n", "{}\n{}\n"):
         other.write_text(text)
-        with pytest.raises(ValueError, match="other is no log of decisions: not one of its lines is a record"):
+        with pytest.raises(ValueError, match="other is not a decision log: none of its lines is a record"):
             compare(old, new, [good, other])
 
 
@@ -456,26 +459,6 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
     assert exit_of("diff", str(files["old"]), str(files["new"]), "--decisions", str(files["log"])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(files[{"broken": "new", "no log": "log"}.get(what, what)]) in line
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere() -> None:
-    """The line is erased at the end."""
-    terminal, file = Terminal(), io.StringIO()
-    for stream in (terminal, file):
-        with Progress("replaying", stream) as progress:
-            for done in range(100):
-                progress(done, 100)
-            time.sleep(0.11)
-            progress(100, 100)
-    assert file.getvalue() == ""
-    assert "\n" not in terminal.getvalue()
-    assert f"[{'#' * 30}] 100%" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\r\x1b[K")
 
 
 def test_many_records_are_quick(tmp_path: Path) -> None:

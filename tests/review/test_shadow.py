@@ -22,13 +22,15 @@ from ext_authz.core.model import Request
 from ext_authz.core.snapshot import Snapshot
 from ext_authz.observe.decision_log import DecisionLog
 from ext_authz.observe.metrics import registry
-from ext_authz.review.shadow import Shadow, Undecided
+from ext_authz.review.shadow import NotCompared, Shadow
 from ext_authz.serve.authorization import SERVICE, Authorization
 from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.server import Server
 from ext_authz.serve.witness import Witness
 from tests.harness import tokens
-from tests.harness.asks import POLICY, asks, authorization, load_policy, snapshot, token, told, write_policy
+from tests.harness.authorization import POLICY, authorization, load_policy, snapshot, write_policy
+from tests.harness.checks import check_request, client_headers, token
+from tests.harness.waiting import until
 
 Edit = tuple[str, str]
 
@@ -66,21 +68,26 @@ async def judged(directory: Path, calls: list[bytes], *edits: Edit, check: Any =
 
 
 JUDGED: list[tuple[str, Callable[[], bytes], list[Edit], str]] = [
-    ("the same policy", lambda: asks("A", "C"), [], "unchanged"),
-    ("C for all", lambda: asks("C"), [C_IS_LOW], "deny_to_allow"),
-    ("C for all, beside A", lambda: asks("A", "C"), [C_IS_LOW], "downgrade_to_allow"),
-    ("A for few", lambda: asks("A"), [A_IS_HIGH], "allow_to_deny"),
-    ("A for few, beside B", lambda: asks("A", "B"), [A_IS_HIGH], "allow_to_downgrade"),
-    ("no stand-in", lambda: asks("D"), [NO_STAND_IN], "downgrade_to_deny"),
-    ("fewer stand-ins", lambda: asks("D"), [ONLY_B], "experts_changed"),
-    ("stand-ins in another order", lambda: asks("D"), [TURNED], "unchanged"),
-    ("no anonymous callers", lambda: asks("A"), [NOBODY_ANONYMOUS], "allow_to_deny"),
-    ("another clearance rule", lambda: asks("C", caller=token(plan="premium")), [OTHER_CLAIM], "allow_to_deny"),
-    ("and whom it lets in", lambda: asks("C", caller=token(org="acme")), [OTHER_CLAIM], "deny_to_allow"),
-    ("an issuer that it does not trust", lambda: asks("A", caller=token()), [NO_ISSUER], "allow_to_deny"),
-    ("a bad token", lambda: asks("A", caller="x"), [C_IS_LOW], "unchanged"),
-    ("a bad gate", lambda: asks(path="/route", body=b"{"), [C_IS_LOW], "unchanged"),
-    ("a request that could not be read", lambda: b"\xff", [C_IS_LOW], Undecided.ACTIVE),
+    ("the same policy", lambda: check_request("A", "C"), [], "unchanged"),
+    ("C for all", lambda: check_request("C"), [C_IS_LOW], "deny_to_allow"),
+    ("C for all, beside A", lambda: check_request("A", "C"), [C_IS_LOW], "downgrade_to_allow"),
+    ("A for few", lambda: check_request("A"), [A_IS_HIGH], "allow_to_deny"),
+    ("A for few, beside B", lambda: check_request("A", "B"), [A_IS_HIGH], "allow_to_downgrade"),
+    ("no stand-in", lambda: check_request("D"), [NO_STAND_IN], "downgrade_to_deny"),
+    ("fewer stand-ins", lambda: check_request("D"), [ONLY_B], "experts_changed"),
+    ("stand-ins in another order", lambda: check_request("D"), [TURNED], "unchanged"),
+    ("no anonymous callers", lambda: check_request("A"), [NOBODY_ANONYMOUS], "allow_to_deny"),
+    (
+        "another clearance rule",
+        lambda: check_request("C", caller=token(plan="premium")),
+        [OTHER_CLAIM],
+        "allow_to_deny",
+    ),
+    ("and whom it lets in", lambda: check_request("C", caller=token(org="acme")), [OTHER_CLAIM], "deny_to_allow"),
+    ("an issuer that it does not trust", lambda: check_request("A", caller=token()), [NO_ISSUER], "allow_to_deny"),
+    ("a bad token", lambda: check_request("A", caller="x"), [C_IS_LOW], "unchanged"),
+    ("a bad gate", lambda: check_request(path="/route", body=b"{"), [C_IS_LOW], "unchanged"),
+    ("a request that could not be read", lambda: b"\xff", [C_IS_LOW], NotCompared.ACTIVE),
 ]
 
 
@@ -97,11 +104,11 @@ def test_what_would_differ_is_counted(
 def test_the_answer_is_the_same_bytes_with_and_without(tmp_path: Path) -> None:
     """But for the decision's id, which is another for each."""
     calls = [
-        asks("A", "C"),
-        asks("C"),
-        asks("D"),
-        asks("A", caller=token(plan="premium")),
-        asks("A", caller="x"),
+        check_request("A", "C"),
+        check_request("C"),
+        check_request("D"),
+        check_request("A", caller=token(plan="premium")),
+        check_request("A", caller="x"),
         b"\xff",
     ]
     policy = load_policy(tmp_path)
@@ -112,7 +119,7 @@ def test_the_answer_is_the_same_bytes_with_and_without(tmp_path: Path) -> None:
 
     _, answers = asyncio.run(judged(tmp_path, calls, C_IS_LOW, check=authorization(policy)))
     for answer, other in zip(answers, asyncio.run(plain()), strict=True):
-        one, two = (told(a)["x-srp-decision-id"].encode() for a in (answer, other))
+        one, two = (client_headers(a)["x-srp-decision-id"].encode() for a in (answer, other))
         assert answer.replace(one, b"") == other.replace(two, b"")
 
 
@@ -126,14 +133,14 @@ def test_a_shadow_that_breaks_is_only_counted(tmp_path: Path, caplog: pytest.Log
         # A snapshot that is none: whatever it is asked for fails.
         shadow._snapshot = object()  # type: ignore[assignment]
         it.witness = Witness(shadow, None)
-        answers = [await it.check(asks("A")) for _ in range(3)]
+        answers = [await it.check(check_request("A")) for _ in range(3)]
         await asyncio.sleep(0)
         await shadow.close()
         return shadow, answers
 
     shadow, answers = asyncio.run(break_it())
-    assert [told(a)["x-srp-decision"] for a in answers] == ["allow"] * 3
-    assert shadow.differences == {Undecided.ERROR: 3}
+    assert [client_headers(a)["x-srp-decision"] for a in answers] == ["allow"] * 3
+    assert shadow.differences == {NotCompared.ERROR: 3}
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
         "the shadow policy could not judge a request: AttributeError"
     ]
@@ -149,12 +156,12 @@ def test_keys_it_does_not_have_are_no_difference(tmp_path: Path) -> None:
         it = authorization(policy)
         shadow.set_active(it.epoch.snapshot)
         it.witness = Witness(shadow, None)
-        await it.check(asks("A", caller=token()))
+        await it.check(check_request("A", caller=token()))
         await asyncio.sleep(0)
         await shadow.close()
         return shadow
 
-    assert asyncio.run(judge()).differences == {Undecided.KEYS: 1}
+    assert asyncio.run(judge()).differences == {NotCompared.KEYS: 1}
 
 
 def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
@@ -169,7 +176,7 @@ def test_it_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) -> None:
         it.epoch = Epoch.of(newer)
         shadow.set_active(newer)
         it.witness = Witness(shadow, None)
-        await it.check(asks("A", caller=tokens.sign(tokens.claims(), name="next")))
+        await it.check(check_request("A", caller=tokens.sign(tokens.claims(), name="next")))
         await asyncio.sleep(0)
         await shadow.close()
         return shadow
@@ -188,37 +195,32 @@ def test_it_is_reloaded_live_and_a_bad_file_keeps_the_last_good(tmp_path: Path) 
         witness.start()
         witness.set_active(it.epoch.snapshot)
 
-        async def until(holds: Callable[[], bool]) -> None:
-            async with asyncio.timeout(5):
-                while not holds():
-                    await asyncio.sleep(0.01)
-
         async def ask() -> None:
-            await it.check(asks("C"))
+            await it.check(check_request("C"))
             await asyncio.sleep(0)
 
         try:
-            await until(lambda: shadow.status.digest is not None)
+            await until(lambda: shadow.status.digest is not None, "the first load")
             first = shadow.status.digest
             await ask()
             assert shadow.status.differences == {"deny_to_allow": 1}
             path.write_text("tiers: [")
-            await until(lambda: shadow.status.error is not None)
+            await until(lambda: shadow.status.error is not None, "the error")
             assert f"{path}:1:" in str(shadow.status.error)
             assert shadow.status.digest == first
             await ask()
             assert shadow.status.differences == {"deny_to_allow": 2}
             path.write_text(POLICY)
-            await until(lambda: shadow.status.digest != first)
+            await until(lambda: shadow.status.digest != first, "the mended file")
             assert shadow.status.error is None
             assert shadow.status.differences == {}
             await ask()
             assert shadow.status.differences == {"unchanged": 1}
             assert shadow.differences == {"deny_to_allow": 2, "unchanged": 1}
             path.unlink()
-            await until(lambda: shadow.status.error is not None)
+            await until(lambda: shadow.status.error is not None, "the error")
             path.write_text(POLICY)
-            await until(lambda: shadow.status.error is None)
+            await until(lambda: shadow.status.error is None, "the file to be back")
         finally:
             await witness.close()
 
@@ -235,7 +237,7 @@ def test_without_a_good_file_it_judges_nothing(tmp_path: Path) -> None:
         request = Request("GET", "/", {})
         it = authorization(load_policy(tmp_path))
         it.witness = Witness(shadow, None)
-        await it.check(asks("A"))
+        await it.check(check_request("A"))
         await asyncio.sleep(0)
         await shadow.close()
         assert shadow.judge(request, None, 0) is None  # type: ignore[arg-type]
@@ -271,8 +273,13 @@ def test_through_the_server_to_metrics_status_and_log(tmp_path: Path) -> None:
         witness.set_active(it.epoch.snapshot)
         ids = []
         async with served(it) as check:
-            for call in (asks("C"), asks("A"), asks("C", caller=token(plan="premium")), asks("A", "C")):
-                ids.append(told(await check(call))["x-srp-decision-id"])
+            for call in (
+                check_request("C"),
+                check_request("A"),
+                check_request("C", caller=token(plan="premium")),
+                check_request("A", "C"),
+            ):
+                ids.append(client_headers(await check(call))["x-srp-decision-id"])
         await witness.close()
         return witness, ids
 
@@ -302,12 +309,12 @@ def test_srp_serve_with_both(tmp_path: Path) -> None:
     assert process.stderr is not None
     started: list[str] = []
     try:
-        while not any("listens on" in line for line in started) or not any("beside" in line for line in started):
+        while not any("listens on" in line for line in started) or not any("shadow policy" in line for line in started):
             started.append(process.stderr.readline())
             assert started[-1], started
         with grpc.insecure_channel(f"unix:{sock}") as channel:
             check = channel.unary_unary(f"/{SERVICE}/Check")
-            ids = [told(check(asks("C"), timeout=5))["x-srp-decision-id"] for _ in range(50)]
+            ids = [client_headers(check(check_request("C"), timeout=5))["x-srp-decision-id"] for _ in range(50)]
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=15)
         assert process.returncode == 0, rest

@@ -140,7 +140,7 @@ def test_passes_a_gateway_that_keeps_the_table(tokens: Path) -> None:
     assert result.returncode == 0, result.stdout
     assert all(row.startswith("ok    ") for row in rows)
     assert last == f"{len(rows)} passed, 0 failed"
-    assert "ok    low caller asks A,B -> 200 allow A|B" in rows
+    assert "ok    low caller asks for A,B -> 200 allow A|B" in rows
     assert len(rows) >= 20
 
 
@@ -149,26 +149,26 @@ HOLES = [
     (
         "C open",
         {
-            "low caller asks C",
-            "anonymous caller asks C",
-            "anonymous caller asks A,C",
-            "anonymous caller asks A,C, downgrade never",
+            "low caller asks for C",
+            "anonymous caller asks for C",
+            "anonymous caller asks for A,C",
+            "anonymous caller asks for A,C, downgrade never",
             "anonymous caller asks for model C",
-            "anonymous caller asks C by header",
-            "anonymous caller asks C, spoofs x-srp-tier",
+            "anonymous caller asks for C by header",
+            "anonymous caller asks for C, spoofs x-srp-tier",
         },
     ),
-    ("reads claims only", {"tampered premium token asks C", "unsigned premium token asks C"}),
+    ("reads claims only", {"tampered premium token asks for C", "unsigned premium token asks for C"}),
     (
         "bad token is nobody",
-        {"garbage token asks A", "tampered premium token asks C", "unsigned premium token asks C"},
+        {"garbage token asks for A", "tampered premium token asks for C", "unsigned premium token asks for C"},
     ),
     (
         "no challenge",
-        {"garbage token asks A", "tampered premium token asks C", "unsigned premium token asks C"},
+        {"garbage token asks for A", "tampered premium token asks for C", "unsigned premium token asks for C"},
     ),
-    ("believes x-target-cluster", {"anonymous caller asks A, spoofs x-target-cluster"}),
-    ("believes x-srp-tier", {"anonymous caller asks C, spoofs x-srp-tier"}),
+    ("believes x-target-cluster", {"anonymous caller asks for A, spoofs x-target-cluster"}),
+    ("believes x-srp-tier", {"anonymous caller asks for C, spoofs x-srp-tier"}),
     ("empty is default", {"anonymous caller sends an empty list"}),
     ("any size", {"anonymous caller sends more than 64 KiB"}),
 ]
@@ -189,7 +189,7 @@ def test_says_what_was_expected_and_what_came(tokens: Path) -> None:
     """A FAIL line holds both sides of every difference."""
     with gateway("C open") as url:
         result = smoke(url, tokens)
-    (line,) = (row for row in result.stdout.splitlines() if row.startswith("FAIL  low caller asks C:"))
+    (line,) = (row for row in result.stdout.splitlines() if row.startswith("FAIL  low caller asks for C:"))
     assert "status: expected 403, got 200" in line
     assert "required_tier: expected high, got None" in line
 
@@ -200,7 +200,7 @@ def test_a_row_without_an_answer_fails(tokens: Path) -> None:
         result = smoke(url, tokens)
     assert result.returncode == 1
     assert result.stdout.splitlines()[-1].startswith("0 passed, ")
-    assert "no answer: RemoteDisconnected" in result.stdout
+    assert "no response: RemoteDisconnected" in result.stdout
 
 
 def test_verbose_prints_no_token(tokens: Path) -> None:
@@ -218,7 +218,7 @@ def test_verbose_prints_no_token(tokens: Path) -> None:
         (["ftp://127.0.0.1", "{tokens}"], "expected an http or https URL, found `ftp://127.0.0.1`"),
         (["http://127.0.0.1:99999", "{tokens}"], "Port out of range"),
         (["http://127.0.0.1", "{tokens}/none"], "low.jwt"),
-        (["http://127.0.0.1", "{tokens}/bad"], "low.jwt holds no signed compact JWT"),
+        (["http://127.0.0.1", "{tokens}/bad"], "low.jwt is not a signed compact JWT"),
         (["http://127.0.0.1", "{tokens}", "--timeout", "nan"], "--timeout must be above 0"),
         (["http://127.0.0.1:{closed}", "{tokens}"], "cannot reach http://127.0.0.1:"),
     ],

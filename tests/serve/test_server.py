@@ -19,29 +19,22 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
-from envoy_data_plane.envoy.service.auth.v3 import (
-    AttributeContext,
-    AttributeContextHttpRequest,
-    AttributeContextRequest,
-    CheckRequest,
-)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import generate_latest
 
 from ext_authz.core.condition import compile_condition
 from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.model import Decision, Reason, Request, Verdict
 from ext_authz.core.policy import ClearanceRule, Expert, GateRule, Header, Issuer, Policy
 from ext_authz.core.snapshot import Snapshot
-from ext_authz.observe.metrics import BUCKETS, Tally, gauge, registry
+from ext_authz.observe.metrics import Tally
 from ext_authz.serve import authorization as authorization_module
 from ext_authz.serve.authorization import SERVICE, Authorization
 from ext_authz.serve.epoch import Epoch
 from ext_authz.serve.server import MAX_MESSAGE, Server, unix_path
-from tests.harness import tokens
-from tests.harness.asks import response_of
+from tests.harness import checks, tokens
+from tests.harness.checks import response_of
 from tests.harness.tokens import AUDIENCE, ISSUER
+from tests.harness.waiting import until
 
 CHECK = f"/{SERVICE}/Check"
 NOW = 1_800_000_000.0
@@ -64,13 +57,9 @@ def epoch(policy: Policy = POLICY, *names: str) -> Epoch:
     return Epoch.of(Snapshot(policy, {ISSUER: keys} if keys else {}))
 
 
-def asks(**headers: str) -> bytes:
-    """A CheckRequest; a header's name is written with underscores."""
-    header_map = HeaderMap(
-        headers=[HeaderValue(key=n.replace("_", "-"), raw_value=v.encode("latin-1")) for n, v in headers.items()]
-    )
-    http = AttributeContextHttpRequest(method="GET", path="/x?q", header_map=header_map)
-    return bytes(CheckRequest(attributes=AttributeContext(request=AttributeContextRequest(http=http))))
+def check_request(**headers: str) -> bytes:
+    """A CheckRequest for /x, with a query; a header's name is written with underscores."""
+    return checks.check_request(path="/x?q", method="GET", **headers)
 
 
 def bearer(name: str = "", **over: Any) -> str:
@@ -88,7 +77,7 @@ def answer(data: bytes) -> tuple[int, str]:
 
 
 class Keys:
-    """A key store whose `refresh` does what the test says."""
+    """A key store whose `refresh` is given by the test."""
 
     def __init__(self, refresh: Callable[[], Any] = lambda: None) -> None:
         self.asked: list[str] = []
@@ -107,6 +96,18 @@ class Keys:
         return True
 
 
+class SlowKeys(Keys):
+    """A refresh ends when `gate` is set; `waited_for` is set when a check waits for one."""
+
+    def __init__(self) -> None:
+        self.waited_for, self.gate = asyncio.Event(), asyncio.Event()
+        super().__init__(self._wait)
+
+    async def _wait(self) -> None:
+        self.waited_for.set()
+        await self.gate.wait()
+
+
 def authorization(first: Epoch | None = None, keys: Keys | None = None) -> tuple[Authorization, Tally]:
     tally = Tally()
     return Authorization(first or epoch(), keys or Keys(), tally, clock=lambda: NOW), tally
@@ -116,14 +117,14 @@ def authorization(first: Epoch | None = None, keys: Keys | None = None) -> tuple
 
 CHECKS = [
     # name, CheckRequest, status, reason
-    ("anonymous, default", asks, 200, "permitted"),
-    ("anonymous", lambda: asks(x_expert_names="A"), 200, "permitted"),
-    ("above the tier", lambda: asks(x_expert_names="C"), 403, "tier_too_low"),
-    ("premium", lambda: asks(x_expert_names="C", authorization=bearer(plan="premium")), 200, "permitted"),
-    ("downgrade", lambda: asks(x_expert_names="A,C"), 200, "tier_too_low"),
-    ("unknown", lambda: asks(x_expert_names="Z"), 404, "unknown_expert"),
-    ("bad gate", lambda: asks(x_expert_names="A B"), 400, "bad_gate"),
-    ("bad token", lambda: asks(authorization="Bearer x"), 401, "invalid_token"),
+    ("anonymous, default", check_request, 200, "permitted"),
+    ("anonymous", lambda: check_request(x_expert_names="A"), 200, "permitted"),
+    ("above the tier", lambda: check_request(x_expert_names="C"), 403, "tier_too_low"),
+    ("premium", lambda: check_request(x_expert_names="C", authorization=bearer(plan="premium")), 200, "permitted"),
+    ("downgrade", lambda: check_request(x_expert_names="A,C"), 200, "tier_too_low"),
+    ("unknown", lambda: check_request(x_expert_names="Z"), 404, "unknown_expert"),
+    ("bad gate", lambda: check_request(x_expert_names="A B"), 400, "bad_gate"),
+    ("bad token", lambda: check_request(authorization="Bearer x"), 401, "invalid_token"),
     ("garbage", lambda: b"\xff\xff", 500, "internal_error"),
     ("empty", lambda: b"", 400, "no_experts_requested"),
 ]
@@ -151,7 +152,7 @@ class Broken(dict[str, Any]):
 def test_an_unexpected_error_is_a_denial_that_keeps_the_secret(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever breaks, the answer is 500, the error is counted, and the log has its place and type, not its text."""
     service, tally = authorization(epoch(replace(POLICY, issuers=Broken())))
-    data = asks(authorization=bearer())
+    data = check_request(authorization=bearer())
     with caplog.at_level(logging.DEBUG):
         assert answer(asyncio.run(service.check(data))) == (500, "internal_error")
     assert tally.rpc_errors == 1
@@ -168,7 +169,7 @@ def test_an_allowed_request_logs_nothing(caplog: pytest.LogCaptureFixture) -> No
     """Nor does a denial: the audit trail is the access log."""
     service, _ = authorization(epoch(POLICY, ""))
     with caplog.at_level(logging.DEBUG, logger="srp"):
-        for data in (asks(), asks(x_expert_names="C"), asks(authorization="Bearer x")):
+        for data in (check_request(), check_request(x_expert_names="C"), check_request(authorization="Bearer x")):
             asyncio.run(service.check(data))
     assert [r for r in caplog.records if r.name.startswith("srp")] == []
 
@@ -176,7 +177,7 @@ def test_an_allowed_request_logs_nothing(caplog: pytest.LogCaptureFixture) -> No
 def test_condition_errors_are_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """A rule that fails is counted for every decision it could not help, and warned of once."""
     service, tally = authorization(epoch(POLICY, ""))
-    data = asks(authorization=bearer())  # without a plan: the clearance rule fails
+    data = check_request(authorization=bearer())  # without a plan: the clearance rule fails
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             asyncio.run(service.check(data))
@@ -198,7 +199,7 @@ def test_a_witness_sees_each_decision_after_its_answer() -> None:
     async def run() -> list[bytes]:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         service.witness = witness
-        answers = [await service.check(asks(x_expert_names="A")), await service.check(b"\xff")]
+        answers = [await service.check(check_request(x_expert_names="A")), await service.check(b"\xff")]
         assert seen == []
         await asyncio.sleep(0)
         return answers
@@ -215,7 +216,7 @@ def test_an_unknown_kid_asks_for_fresh_keys_once() -> None:
     """The keys that come make a new epoch, and the token is judged by it."""
     keys = Keys(lambda: setattr(service, "epoch", epoch(replace(POLICY, digest="d2"), "", "new")))
     service, tally = authorization(epoch(POLICY, ""), keys)
-    data = asyncio.run(service.check(asks(authorization=bearer("new"))))
+    data = asyncio.run(service.check(check_request(authorization=bearer("new"))))
     assert answer(data) == (200, "permitted")
     assert keys.asked == [ISSUER]
     assert b"d2" in data  # the writer is the new epoch's too
@@ -227,7 +228,7 @@ def test_a_new_policy_that_comes_meanwhile_decides() -> None:
     stricter = replace(POLICY, experts={"A": Expert("A", 1, "expert-a")})
     keys = Keys(lambda: setattr(service, "epoch", epoch(stricter, "new")))
     service, _ = authorization(epoch(POLICY, ""), keys)
-    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (403, "tier_too_low")
+    assert answer(asyncio.run(service.check(check_request(authorization=bearer("new"))))) == (403, "tier_too_low")
 
 
 STALE = [
@@ -244,7 +245,7 @@ def test_without_fresh_keys_it_is_denied_after_one_attempt(
     """One refresh, one more look, then the refusal."""
     keys = Keys()
     service, _ = authorization(epoch(POLICY, *known), keys)
-    assert answer(asyncio.run(service.check(asks(authorization=token())))) == (status, reason)
+    assert answer(asyncio.run(service.check(check_request(authorization=token())))) == (status, reason)
     assert keys.asked == [ISSUER]
 
 
@@ -253,8 +254,8 @@ def test_tokens_that_no_key_could_save_ask_for_none() -> None:
     keys = Keys()
     service, _ = authorization(epoch(POLICY, ""), keys)
     for token in ("Bearer x", bearer(iss="https://stranger.example.com/"), bearer()[:-8] + "AAAAAAAA", bearer(exp=1)):
-        assert answer(asyncio.run(service.check(asks(authorization=token)))) == (401, "invalid_token")
-    asyncio.run(service.check(asks()))
+        assert answer(asyncio.run(service.check(check_request(authorization=token)))) == (401, "invalid_token")
+    asyncio.run(service.check(check_request()))
     assert keys.asked == []
 
 
@@ -265,7 +266,7 @@ def test_a_refresh_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
     keys = Keys(lambda: asyncio.sleep(60))
     service, _ = authorization(epoch(POLICY, ""), keys)
     began = time.monotonic()
-    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (401, "invalid_token")
+    assert answer(asyncio.run(service.check(check_request(authorization=bearer("new"))))) == (401, "invalid_token")
     assert time.monotonic() - began < 2
     assert keys.cancelled
 
@@ -277,7 +278,7 @@ def test_a_refresh_that_fails_is_a_denial() -> None:
         raise OSError("connection to secret-host refused")
 
     service, tally = authorization(epoch(POLICY, ""), Keys(fail))
-    assert answer(asyncio.run(service.check(asks(authorization=bearer("new"))))) == (500, "internal_error")
+    assert answer(asyncio.run(service.check(check_request(authorization=bearer("new"))))) == (500, "internal_error")
     assert tally.rpc_errors == 1
 
 
@@ -287,7 +288,7 @@ def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
     async def run() -> None:
         gate = asyncio.Event()
         service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
-        unknown = asks(authorization=bearer("new"))
+        unknown = check_request(authorization=bearer("new"))
         slow = [asyncio.create_task(service.check(unknown)) for _ in range(authorization_module.MAX_WAITING)]
         await asyncio.sleep(0)
         assert answer(await service.check(unknown)) == (401, "invalid_token")
@@ -311,9 +312,9 @@ def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     async def run() -> None:
         gate = asyncio.Event()
         service, _ = authorization(epoch(POLICY, ""), Keys(gate.wait))
-        slow = asyncio.create_task(service.check(asks(authorization=bearer("new"))))
+        slow = asyncio.create_task(service.check(check_request(authorization=bearer("new"))))
         await asyncio.sleep(0)
-        assert answer(await service.check(asks())) == (200, "permitted")
+        assert answer(await service.check(check_request())) == (200, "permitted")
         assert not slow.done()
         gate.set()
         assert answer(await slow) == (401, "invalid_token")
@@ -332,9 +333,10 @@ def path() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def serving(path: Path, *handlers: grpc.GenericRpcHandler) -> AsyncIterator[tuple[Server, Any]]:
+async def serving(path: Path, keys: Keys | None = None, **options: Any) -> AsyncIterator[tuple[Server, Any]]:
     """A started server on `path` and a channel to it."""
-    server = Server(f"unix:{path}", *(handlers or (authorization()[0].handlers(),)))
+    service, _ = authorization(epoch(POLICY, "") if keys else None, keys)
+    server = Server(f"unix:{path}", service.handlers(), **options)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
@@ -343,8 +345,15 @@ async def serving(path: Path, *handlers: grpc.GenericRpcHandler) -> AsyncIterato
         await server.stop(0)
 
 
+async def slow_check(channel: Any, keys: SlowKeys) -> asyncio.Future[bytes]:
+    """A Check under way, which waits for `keys`."""
+    check = asyncio.ensure_future(channel.unary_unary(CHECK)(check_request(authorization=bearer("new"))))
+    await keys.waited_for.wait()
+    return check
+
+
 async def start(listen: str) -> None:
-    """Start a server; it has no running loop before."""
+    """A server is created in a running event loop."""
     await Server(listen).start()
 
 
@@ -364,7 +373,7 @@ def test_a_real_server_answers_on_its_socket(path: Path) -> None:
             assert stat.S_ISSOCK(mode)
             assert stat.S_IMODE(mode) & ~0o660 == 0
             check = channel.unary_unary(CHECK)
-            assert answer(await check(asks(x_expert_names="A"))) == (200, "permitted")
+            assert answer(await check(check_request(x_expert_names="A"))) == (200, "permitted")
             assert answer(await check(b"\xff" * 100)) == (500, "internal_error")
             assert await health(channel) == "SERVING"
             assert await health(channel, SERVICE) == "SERVING"
@@ -425,7 +434,7 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
 
     async def run() -> None:
         async with serving(path) as (_, channel):
-            assert answer(await channel.unary_unary(CHECK)(asks())) == (200, "permitted")
+            assert answer(await channel.unary_unary(CHECK)(check_request())) == (200, "permitted")
 
     asyncio.run(run())
 
@@ -437,7 +446,7 @@ def test_a_socket_in_use_is_left_alone(path: Path) -> None:
         async with serving(path) as (_, channel):
             with pytest.raises(OSError, match=f"cannot listen on {path}: another server is using it"):
                 await Server(f"unix:{path}").start()
-            assert answer(await channel.unary_unary(CHECK)(asks())) == (200, "permitted")
+            assert answer(await channel.unary_unary(CHECK)(check_request())) == (200, "permitted")
 
     asyncio.run(run())
 
@@ -500,27 +509,19 @@ def test_stop_lets_what_runs_finish(path: Path) -> None:
     """A check under way is answered, a new one is not taken, and the socket is gone from the start of the drain."""
 
     async def run() -> None:
-        started, gate = asyncio.Event(), asyncio.Event()
-
-        async def slowly() -> None:
-            started.set()
-            await gate.wait()
-
-        service, _ = authorization(epoch(POLICY, ""), Keys(slowly))
-        async with serving(path, service.handlers()) as (server, channel):
-            check = channel.unary_unary(CHECK)
-            running = asyncio.ensure_future(check(asks(authorization=bearer("new"))))
-            await started.wait()
+        keys = SlowKeys()
+        async with serving(path, keys) as (server, channel):
+            running = await slow_check(channel, keys)
             stopping = asyncio.create_task(server.stop(5))
-            await _until(lambda: not path.exists())
+            await until(lambda: not path.exists(), "the socket to go", seconds=5)
             stale_socket(path)  # the next server's, which stopping must not touch
             assert not stopping.done()
-            gate.set()
+            keys.gate.set()
             assert answer(await running) == (401, "invalid_token")
             await asyncio.wait_for(stopping, 5)
             assert path.exists()
             with pytest.raises(grpc.aio.AioRpcError):
-                await check(asks())
+                await channel.unary_unary(CHECK)(check_request())
 
     asyncio.run(run())
 
@@ -529,26 +530,16 @@ def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
     """Beyond `max_concurrent` gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
 
     async def run() -> None:
-        started, gate = asyncio.Event(), asyncio.Event()
-
-        async def slowly() -> None:
-            started.set()
-            await gate.wait()
-
-        service, _ = authorization(epoch(POLICY, ""), Keys(slowly))
-        server = Server(f"unix:{path}", service.handlers(), max_concurrent=1)
-        await server.start()
-        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        keys = SlowKeys()
+        async with serving(path, keys, max_concurrent=1) as (_, channel):
+            running = await slow_check(channel, keys)
             check = channel.unary_unary(CHECK)
-            running = asyncio.ensure_future(check(asks(authorization=bearer("new"))))
-            await started.wait()
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await check(asks())
+                await check(check_request())
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            gate.set()
+            keys.gate.set()
             assert answer(await running) == (401, "invalid_token")
-            assert answer(await check(asks())) == (200, "permitted")
-        await server.stop(0)
+            assert answer(await check(check_request())) == (200, "permitted")
 
     asyncio.run(run())
 
@@ -558,29 +549,14 @@ def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(authorization_module, "KEY_WAIT", 60)
 
     async def run() -> None:
-        started = asyncio.Event()
-
-        async def forever() -> None:
-            started.set()
-            await asyncio.sleep(60)
-
-        service, _ = authorization(epoch(POLICY, ""), Keys(forever))
-        async with serving(path, service.handlers()) as (server, channel):
-            running = asyncio.ensure_future(channel.unary_unary(CHECK)(asks(authorization=bearer("new"))))
-            await started.wait()
+        keys = SlowKeys()
+        async with serving(path, keys) as (server, channel):
+            running = await slow_check(channel, keys)
             await asyncio.wait_for(server.stop(0.05), 5)
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
                 await running
 
     asyncio.run(run())
-
-
-async def _until(holds: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if holds():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to pass in 5 s")
 
 
 @pytest.mark.parametrize(
@@ -590,38 +566,3 @@ async def _until(holds: Callable[[], bool]) -> None:
 def test_unix_path(listen: str, path: str | None) -> None:
     """The path of a `unix:` address, in either of its forms."""
     assert unix_path(listen) == (None if path is None else Path(path))
-
-
-# ---- what is counted -------------------------------------------------------------------------------------------------
-
-
-def test_metrics_are_prometheus_text() -> None:
-    """Counts come out under their names, buckets are cumulative, and what happened falls into its bucket."""
-    tally = Tally()
-    for seconds in (0.00001, 0.0002, 0.0002, 9.0):
-        tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), seconds)
-    tally.decided(Decision(Verdict.DENY, Reason.TIER_TOO_LOW), BUCKETS[0])
-    tally.condition_errors["clearance[0].when"] += 2
-    tally.rpc_errors += 1
-    text = generate_latest(registry(tally.families, lambda: [gauge("srp_test", "A test.", 1.5)])).decode()
-    lines = set(text.splitlines())
-    assert lines >= {
-        'srp_decisions_total{reason="permitted",verdict="allow"} 4.0',
-        'srp_decisions_total{reason="tier_too_low",verdict="deny"} 1.0',
-        'srp_candidates_total{expert="A"} 4.0',
-        'srp_condition_errors_total{condition="clearance[0].when"} 2.0',
-        "srp_rpc_errors_total 1.0",
-        'srp_check_seconds_bucket{le="5e-05"} 2.0',
-        'srp_check_seconds_bucket{le="0.00025"} 4.0',
-        'srp_check_seconds_bucket{le="0.25"} 4.0',
-        'srp_check_seconds_bucket{le="+Inf"} 5.0',
-        "srp_check_seconds_count 5.0",
-        "srp_test 1.5",
-    }
-
-
-def test_an_empty_tally_is_valid_text() -> None:
-    """Before the first decision every family is there, empty or zero."""
-    text = generate_latest(registry(Tally().families)).decode()
-    for name in ("srp_decisions", "srp_candidates", "srp_condition_errors", "srp_rpc_errors", "srp_check_seconds"):
-        assert f"# TYPE {name}" in text

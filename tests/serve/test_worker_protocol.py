@@ -18,10 +18,8 @@ import grpc.aio
 import pytest
 
 from ext_authz.core.jwk import key_text, parse_jwks
-from ext_authz.core.model import Decision, Reason, Verdict
-from ext_authz.core.snapshot import CACHES, CacheSizes, Snapshot
-from ext_authz.observe.counts import CacheUsage, Counts, add_up, counted, ended
-from ext_authz.observe.metrics import Tally
+from ext_authz.core.snapshot import Snapshot
+from ext_authz.observe.counts import CacheUsage, Counts
 from ext_authz.policyfile.parse import parse_policy
 from ext_authz.serve import frames, worker_process, workers
 from ext_authz.serve.authorization import SERVICE
@@ -31,7 +29,9 @@ from ext_authz.serve.worker_process import Slot, WorkerProcess
 from ext_authz.serve.workers import Workers
 from ext_authz.settings import Settings
 from tests.harness import tokens
-from tests.harness.asks import POLICY, asks, told
+from tests.harness.authorization import POLICY
+from tests.harness.checks import check_request, client_headers
+from tests.harness.waiting import until
 
 DIGEST = parse_policy(POLICY, key_files=False).digest
 COUNTS = Counts(
@@ -125,27 +125,6 @@ def test_counts_with_other_buckets_are_refused() -> None:
         heard(read_to_owner, framed(json.dumps(text).encode()))
 
 
-# ---- counts ----
-
-
-def test_counts_add_up() -> None:
-    tally, sizes = Tally(), CacheSizes()
-    policy = parse_policy(POLICY, key_files=False)
-    tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), 0.0)
-    tally.condition_errors["clearance[0]"] += 1
-    one = counted(tally, sizes, sizes.snapshot(policy, {}, 1))
-    assert (one.checks, dict(one.experts)) == (1, {"A": 1, "B": 1})
-    total = add_up([one, COUNTS, ended(COUNTS)])
-    assert total.decisions == (("allow", "permitted", 5),)
-    assert total.tally().decisions == {("allow", "permitted"): 5}
-    assert (total.checks, total.leases, total.latency_sum) == (5, 2, one.latency_sum + 1.0)
-    assert total.experts == {"A": 5, "B": 1}
-    assert total.condition_errors == {"clearance[0]": 1}
-    assert total.caches["tokens"] == CacheUsage(1, 4, 6, 8)  # what was in the memory of the one that ended is gone
-    assert total.caches.keys() == set(CACHES)
-    assert add_up([]) == add_up([Counts()])
-
-
 # ---- a worker's process ----
 
 
@@ -203,9 +182,9 @@ def reason(listen: Path, caller: str | None) -> str:
 
     async def play() -> bytes:
         async with grpc.aio.insecure_channel(f"unix:{listen}") as channel:
-            return bytes(await channel.unary_unary(f"/{SERVICE}/Check")(asks("C", caller=caller), timeout=5))
+            return bytes(await channel.unary_unary(f"/{SERVICE}/Check")(check_request("C", caller=caller), timeout=5))
 
-    return told(asyncio.run(play()))["x-srp-reason"]
+    return client_headers(asyncio.run(play()))["x-srp-reason"]
 
 
 def test_a_worker_does_what_its_owner_says(owner: Owner, tmp_path: Path) -> None:
@@ -299,12 +278,6 @@ async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
         await it.stop(0.0)
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("script", "why"),
     [
@@ -318,7 +291,7 @@ def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
 ) -> None:
     async def play() -> None:
         async with owned(tmp_path, script, monkeypatch) as it:
-            await until(lambda: it.restarts >= 3)
+            await until(lambda: it.restarts >= 3, "three restarts")
             assert not it.serving
             assert it.report()[0]["restarts"] == it.restarts
 
@@ -338,7 +311,7 @@ def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.
         async with owned(tmp_path, script, monkeypatch) as it:
             it.install(Epoch.of(Snapshot(policy, epoch=1)))
             await it.settled()  # there is nobody yet who decides
-            await until(lambda: bool(it._deciding()))
+            await until(lambda: it._deciding(), "the worker to decide")
             process = it._deciding()[0].process
             it.install(Epoch.of(Snapshot(policy, epoch=2)))
             assert not it._is_settled()
@@ -359,7 +332,7 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
     async def play() -> None:
         async with owned(tmp_path, script, monkeypatch) as it:
             it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
-            await until(lambda: bool(it._deciding()))
+            await until(lambda: it._deciding(), "the worker to decide")
             for _ in range(3):
                 time.sleep(0.3)
                 await asyncio.sleep(0.05)
@@ -376,7 +349,7 @@ def test_an_owner_that_cannot_look_after_its_workers_says_so(tmp_path: Path, mon
 
     async def play() -> None:
         async with owned(tmp_path, "time.sleep(60)", monkeypatch) as it:
-            await until(lambda: bool(it._alive))
+            await until(lambda: it._alive, "the worker")
             (worker,) = it._alive
             monkeypatch.setattr(Workers, "_poll", fails)
             with pytest.raises(ExceptionGroup) as told:

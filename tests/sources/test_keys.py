@@ -31,6 +31,7 @@ from ext_authz.core.jwks_url import jwks_url
 from ext_authz.core.policy import Issuer, JwksSource
 from ext_authz.sources.keys import KeyStatus, KeyStore, Pace
 from tests.harness import tokens
+from tests.harness.waiting import until
 
 OLD, NEW = tokens.jwks("ES256", name="old"), tokens.jwks("ES256", name="new")
 ME = "https://idp.example.com/"
@@ -125,12 +126,6 @@ def by_secret(path: Path, name: str = ME) -> Issuer:
     return Issuer(name, frozenset({"moe-gateway"}), frozenset({"HS256"}), secret_file=str(path))
 
 
-async def until(true: Callable[[], Any], seconds: float = 3.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():
-            await asyncio.sleep(0.005)
-
-
 def replace(path: Path, data: bytes) -> None:
     path.with_suffix(".tmp").write_bytes(data)
     path.with_suffix(".tmp").replace(path)
@@ -179,7 +174,7 @@ def test_follow_tries_urls_at_once_and_does_not_wait_for_the_slow() -> None:
             assert store.kids == {"quick": ["ES256-old"]}
             assert [s.age is None for s in store.status()] == [True, True, False]
             go.set()
-            await until(lambda: len(store.keys) == 3)
+            await until(lambda: len(store.keys) == 3, "the slow key sets")
             assert store.kids == {"slow": ["ES256-new"], "other": ["ES256-new"], "quick": ["ES256-old"]}
             assert store.changes[-1] == store.kids
 
@@ -278,10 +273,10 @@ def test_a_url_is_fetched_again_and_again() -> None:
     async def test() -> None:
         async with serving() as idp, storing() as store:
             await store.follow([by_url(idp.url, refresh=0.02)])
-            await until(lambda: len(idp.requests) > 3)
+            await until(lambda: len(idp.requests) > 3, "more fetches")
             assert store.version == 1
             idp.body = NEW
-            await until(lambda: store.version == 2)
+            await until(lambda: store.version == 2, "the new keys")
             assert store.changes == [{ME: ["ES256-old"]}, {ME: ["ES256-new"]}]
 
     run(test())
@@ -304,11 +299,11 @@ def test_a_file_that_rotates_is_read_again(tmp_path: Path) -> None:
         async with storing(file_interval=0.02) as store:
             await store.follow([by_file(data / "jwks.json")])
             swap("two")
-            await until(lambda: store.only.failures)
+            await until(lambda: store.only.failures, "the failure")
             assert store.kids == {ME: ["ES256-old"]}
             assert "is not JSON" in str(store.only.last_error)
             swap("three")
-            await until(lambda: store.version == 2)
+            await until(lambda: store.version == 2, "the new keys")
             assert store.kids == {ME: ["ES256-new"]}
             assert store.only.last_error is None
 
@@ -322,10 +317,10 @@ def test_a_secret_that_rotates_is_read_again(tmp_path: Path) -> None:
         async with storing(file_interval=0.02) as store:
             await store.follow([by_secret(path)])
             replace(path, b"short")
-            await until(lambda: store.only.failures)
+            await until(lambda: store.only.failures, "the failure")
             assert store.keys[ME][0].material == b"a" * 32
             replace(path, b"b" * 32)
-            await until(lambda: store.version == 2)
+            await until(lambda: store.version == 2, "the new keys")
             assert store.keys[ME][0].material == b"b" * 32
 
     run(test())
@@ -337,10 +332,10 @@ def test_a_source_that_was_down_at_the_start_is_tried_soon_again() -> None:
     async def test() -> None:
         async with serving(b"{}") as idp, storing(max_backoff=0.02) as store:
             await store.follow([by_url(idp.url, refresh=3600.0)])
-            await until(lambda: store.only.failures > 2)
+            await until(lambda: store.only.failures > 2, "more failures")
             assert store.kids == {}
             idp.body = OLD
-            await until(lambda: store.kids)
+            await until(lambda: store.kids, "the keys")
             fetched = len(idp.requests)
             await asyncio.sleep(0.1)
             assert len(idp.requests) == fetched
@@ -747,7 +742,7 @@ def test_close_ends_fetches_under_way_and_their_waiters() -> None:
             await store.follow([by_url(idp.url)])
             idp.answer = silent
             waiting = [asyncio.create_task(store.refresh(ME)) for _ in range(10)]
-            await until(lambda: len(idp.requests) == 2)
+            await until(lambda: len(idp.requests) == 2, "the fetch")
             began = time.monotonic()
             await store.close()
             assert await asyncio.gather(*waiting) == [False] * 10
@@ -765,7 +760,7 @@ def test_a_follow_that_is_cancelled_leaves_what_was() -> None:
             await store.follow([by_url(idp.url)])
             other.answer = silent
             following = asyncio.create_task(store.follow([by_url(other.url)]))
-            await until(lambda: other.requests)
+            await until(lambda: other.requests, "the fetch")
             following.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await following

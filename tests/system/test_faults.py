@@ -20,22 +20,19 @@ from typing import Any
 import pytest
 
 from tests.harness import tokens
-from tests.harness.rig import Loop, close
-from tests.harness.system import HOST, Proc, System, free_ports, get_json, pause, resume, system, wait_for
+from tests.harness.loop import Loop
+from tests.harness.policies import HEAD
+from tests.harness.process import Process
+from tests.harness.system import HOST, System, free_ports, get_json, system
+from tests.harness.upstream import close
+from tests.harness.waiting import wait_for
 
 INTERVAL = 1.0  # seconds between two health checks
 GRACE = 0.1  # seconds until Envoy has read of a connection that it is closed
 CLIENTS = 6
 LATE = 2  # requests that ext_authz may be too late for, on a machine that does much else
 
-POLICY = """\
-version: 1
-tiers: [low, high]
-issuers:
-  - {{issuer: {issuer}, audiences: [{audience}], algorithms: [ES256], jwks: {{file: jwks.json}}}}
-anonymous: low
-clearance:
-  - {{when: 'claims.plan == "premium"', tier: high}}
+RULES = """\
 experts:
   A: {{tier: low, endpoints: [{A}], health: {{interval: 1s}}}}
   B: {{tier: low, endpoints: [{B}], health: {{interval: 1s}}}}
@@ -177,7 +174,7 @@ class World:
     it: System
     relay: Relay
 
-    def experts(self, *names: str) -> list[Proc]:
+    def experts(self, *names: str) -> list[Process]:
         return [p for name in names for p in self.it.experts[name]]
 
     def healthy(self, name: str, n: int, seconds: float = 10) -> None:
@@ -193,7 +190,7 @@ class World:
             return bool(get_json(port, "/healthz")["status"] == "ok")
         return False
 
-    def start(self, proc: Proc) -> float:
+    def start(self, proc: Process) -> float:
         """Start an expert again. When it first answered."""
         proc.start()
         port = int(proc.command[proc.command.index("--port") + 1])
@@ -207,7 +204,7 @@ def world() -> Iterator[World]:
 
     def policy(ports: dict[str, list[int]]) -> str:
         listed = {n: ", ".join(f'"{HOST}:{p}"' for p in of) for n, of in ports.items()}
-        return POLICY.format(issuer=tokens.ISSUER, audience=tokens.AUDIENCE, relay=relay_port, **listed)
+        return HEAD + RULES.format(relay=relay_port, **listed)
 
     with system(policy, REPLICAS, {"jwks.json": tokens.jwks("ES256")}, expert_flags=FLAGS) as it:
         relay = Relay(relay_port, it.ports["Far"][0])
@@ -266,14 +263,14 @@ def test_a_replica_that_hangs_holds_what_it_has_and_gets_no_more(world: World) -
     hung = it.experts["A"][0]
     with Load(it, TEMPTED) as load:
         time.sleep(0.3)
-        pause(hung)
+        hung.pause()
         stopped = time.monotonic()
         world.healthy("A", 1)
         noticed = time.monotonic()
         done = len(load.sent)
         time.sleep(0.5)
         during = len(load.sent) - done
-        resume(hung)
+        hung.resume()
         world.healthy("A", 2)
         recovered = time.monotonic() - noticed - 0.5
     assert not load.failed()

@@ -11,8 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,21 +19,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import ext_authz.serve.control
-from ext_authz.core import leases
-from ext_authz.core.check import check
-from ext_authz.core.model import Outcome, Request
-from ext_authz.core.policy import Policy
-from ext_authz.serve.app import leasing
 from ext_authz.serve.epoch import Epoch
-from ext_authz.settings import Settings
 from ext_authz.wire import check as wire
-from ext_authz.wire import lease_filter
 from ext_authz.wire.ads import Resources
 from ext_authz.wire.clusters import TYPE_CLUSTER
 from tests.conftest import demo_policy
-from tests.harness import ROOT, asks, slow, tokens
-from tests.harness.leased import Answer, Leased, Proxy, leased, wait_for, without_leases
+from tests.harness import raw, tokens
+from tests.harness.answer import Answer
+from tests.harness.checks import check_request, response_of
+from tests.harness.leased import Leased, leased, without_leases
+from tests.harness.proxy import Proxy
 from tests.harness.system import HOST, free_ports, system
+from tests.harness.waiting import wait_for
 
 PREMIUM = tokens.sign(tokens.claims(plan="premium"))
 FREE = tokens.sign(tokens.claims(plan="free"))
@@ -49,7 +45,7 @@ def it() -> Iterator[Leased]:
     with leased() as made:
         made.add_proxy()
         made.add_proxy(without_leases)
-        made.granting()
+        made.wait_for_leases()
         yield made
 
 
@@ -57,7 +53,7 @@ def it() -> Iterator[Leased]:
 def proxy(it: Leased) -> Proxy:
     """The Envoy with leases, at the start of an epoch."""
     it.swap(f"{it.text}# {time.time()}\n")
-    it.granting()
+    it.wait_for_leases()
     return it.proxies[0]
 
 
@@ -195,18 +191,18 @@ def test_a_body_beyond_the_limit_finds_no_lease(proxy: Proxy) -> None:
 
 
 NAMES_A = {"x-expert-names": "A"}
-TRAILERS = slow.frame(slow.HEADERS, slow.END_HEADERS | slow.END_STREAM, slow.literal({"x-t": "1"}))
-LAST_DATA = slow.frame(slow.DATA, slow.END_STREAM, b"12345")
+TRAILERS = raw.frame(raw.HEADERS, raw.END_HEADERS | raw.END_STREAM, raw.literal({"x-t": "1"}))
+LAST_DATA = raw.frame(raw.DATA, raw.END_STREAM, b"12345")
 
 IN_PIECES: list[tuple[str, list[bytes]]] = [
-    ("a body", slow.http1({**NAMES_A, "content-length": "10"}, b"12345", b"67890")),
-    ("a body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"5\r\n12345\r\n", b"0\r\n\r\n")),
-    ("an empty body in chunks", slow.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"0\r\n\r\n")),
-    ("HTTP/2: a body", slow.http2({**NAMES_A, "content-length": "5"}, LAST_DATA)),
-    ("HTTP/2: a body of unknown length", slow.http2(NAMES_A, LAST_DATA)),
-    ("HTTP/2: an empty body", slow.http2(NAMES_A, slow.frame(slow.DATA, slow.END_STREAM))),
-    ("HTTP/2: trailers and no body", slow.http2(NAMES_A, TRAILERS)),
-    ("HTTP/2: a body and trailers", slow.http2(NAMES_A, slow.frame(slow.DATA, 0, b"12345"), TRAILERS)),
+    ("a body", raw.http1({**NAMES_A, "content-length": "10"}, b"12345", b"67890")),
+    ("a body in chunks", raw.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"5\r\n12345\r\n", b"0\r\n\r\n")),
+    ("an empty body in chunks", raw.http1({**NAMES_A, "transfer-encoding": "chunked"}, b"0\r\n\r\n")),
+    ("HTTP/2: a body", raw.http2({**NAMES_A, "content-length": "5"}, LAST_DATA)),
+    ("HTTP/2: a body of unknown length", raw.http2(NAMES_A, LAST_DATA)),
+    ("HTTP/2: an empty body", raw.http2(NAMES_A, raw.frame(raw.DATA, raw.END_STREAM))),
+    ("HTTP/2: trailers and no body", raw.http2(NAMES_A, TRAILERS)),
+    ("HTTP/2: a body and trailers", raw.http2(NAMES_A, raw.frame(raw.DATA, 0, b"12345"), TRAILERS)),
 ]
 
 
@@ -217,12 +213,12 @@ def test_a_slow_request_finds_no_lease(it: Leased, proxy: Proxy, name: str, piec
 
     def decided(pause: float) -> str:
         before = len(served)
-        with slow.sent(proxy.port, pieces, pause):
+        with raw.sent(proxy.port, pieces, pause):
             wait_for(lambda: len(served) > before, "an answer")
         return served[-1].headers["x-srp-decision-id"]
 
     wait_for(lambda: decided(0) == warm, "a hit")
-    with slow.sent(proxy.port, pieces[:-1]):
+    with raw.sent(proxy.port, pieces[:-1]):
         before = len(served)
         time.sleep(0.05)
         assert len(served) == before
@@ -235,7 +231,7 @@ def test_a_length_that_is_not_kept(it: Leased, proxy: Proxy) -> None:
     assert proxy.leased(experts="A")
     served = len(it.upstream.seen)
     for length in ("3", "8"):
-        with slow.sent(proxy.port, slow.http2({**NAMES_A, "content-length": length}, LAST_DATA)):
+        with raw.sent(proxy.port, raw.http2({**NAMES_A, "content-length": length}, LAST_DATA)):
             time.sleep(0.05)
     assert len(it.upstream.seen) == served
 
@@ -254,7 +250,7 @@ def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, m
     traffic = wire._traffic
     monkeypatch.setattr(wire, "_traffic", lambda experts: {**traffic(experts), "x-forbidden": "1"})
     it.swap(it.text + "# a header more\n")
-    it.granting()
+    it.wait_for_leases()
     assert [proxy.send(experts="A").status for _ in range(3)] == [503] * 3
     assert proxy.counters()["stores"] == 0
 
@@ -267,7 +263,7 @@ def test_an_answer_that_no_expert_gives(it: Leased, proxy: Proxy) -> None:
             f'expert-b, endpoints: ["{HOST}:{it.upstream.port}"]', f'expert-b, endpoints: ["{HOST}:{dead}"]'
         )
     )
-    it.granting()
+    it.wait_for_leases()
     first, second = proxy.send(experts="B"), proxy.send(experts="B")
     assert first.status == 503
     assert first.id == second.id != ""
@@ -333,7 +329,7 @@ def test_a_rotated_key_ends_the_leases_of_its_tokens(it: Leased, proxy: Proxy) -
     try:
         assert proxy.send(token=old, experts="C").status == 401
         assert proxy.send(experts="A").id != warm
-        it.granting()
+        it.wait_for_leases()
         assert proxy.leased(token=new, experts="C")
     finally:
         it.rotate("")
@@ -363,9 +359,9 @@ def test_a_request_that_waits_for_a_revocation(it: Leased, proxy: Proxy) -> None
     """Its head came with the lease, its end after it: 401."""
     stolen = tokens.sign(tokens.claims(plan="premium", jti="stolen"))
     assert proxy.leased(token=stolen, experts="C")
-    pieces = slow.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
+    pieces = raw.http2({"x-expert-names": "C", "authorization": f"Bearer {stolen}"}, TRAILERS)
     served, hits = len(it.upstream.seen), proxy.counters()["disabled"]
-    with slow.sent(proxy.port, pieces[:-1]) as connection:
+    with raw.sent(proxy.port, pieces[:-1]) as connection:
         it.swap(it.text + "revoked: {jti: [stolen]}\n")
         decided = it.decided
         connection.sendall(pieces[-1])
@@ -403,7 +399,7 @@ def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, mon
     it.policy.write_text(it.text + "# refused\n")
     assert not it.run(it.control.reload())
     assert "refused" in (it.control.status.error or "")
-    it.granting()
+    it.wait_for_leases()
     assert it.control.lease_epoch == epoch
     assert proxy.send(experts="A").id == warm
     assert proxy.leased(experts="B")
@@ -414,7 +410,7 @@ def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.2)
     with leased() as it:
         quick, slow_one = it.add_proxy(), it.add_proxy()
-        it.granting()
+        it.wait_for_leases()
         warm = quick.send(experts="A").id
         assert quick.send(experts="A").id == warm
         slow_one.process.send_signal(signal.SIGSTOP)
@@ -425,7 +421,7 @@ def test_an_envoy_that_lags_keeps_all_from_leases(monkeypatch: pytest.MonkeyPatc
             assert it.control.lease_epoch is None
         finally:
             slow_one.process.send_signal(signal.SIGCONT)
-        it.granting()
+        it.wait_for_leases()
         assert quick.leased(experts="A")
         assert slow_one.leased(experts="A")
 
@@ -437,10 +433,10 @@ def test_nothing_is_granted_while_a_swap_is_under_way(
     monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.3)
 
     def grants() -> bool:
-        return "lease" in metadata(it.run(it.authorization.check(asks.asks("A"))))
+        return "lease" in metadata(it.run(it.authorization.check(check_request("A"))))
 
     assert grants()
-    it.run(it.authorization.check(asks.asks("A")))
+    it.run(it.authorization.check(check_request("A")))
     process = proxy.process
     process.send_signal(signal.SIGSTOP)  # it will not answer
     try:
@@ -454,7 +450,7 @@ def test_nothing_is_granted_while_a_swap_is_under_way(
         assert it.control.status.digest == it.authorization.epoch.snapshot.policy.digest
     finally:
         process.send_signal(signal.SIGCONT)
-    it.granting()
+    it.wait_for_leases()
     assert grants()
 
 
@@ -502,15 +498,9 @@ def test_changes_of_keys_within_50_ms_are_one_push(it: Leased, proxy: Proxy) -> 
         assert len(epochs) == 6
 
     it.run(burst())
-    it.granting()
+    it.wait_for_leases()
     wait_for(lambda: proxy.counters()["config_reload"] > before, "the push")
     assert proxy.counters()["config_reload"] == before + 1
-
-
-def test_a_clock_that_is_set_back_ends_leases() -> None:
-    """The filter compares both ends. The clock of this machine is not ours to set: this reads the script."""
-    text = (ROOT / "envoy" / "lease.lua").read_text()
-    assert "lease.since <= now and now < lease.expires" in text
 
 
 # ---- without Envoy's half, or without ours ----
@@ -529,7 +519,7 @@ def test_the_table_is_bounded() -> None:
     """Two generations of 20: of 300 callers at most 40 are remembered, and the first are not."""
     with leased(entries=20) as it:
         proxy = it.add_proxy()
-        it.granting()
+        it.wait_for_leases()
         callers = [tokens.sign(tokens.claims(sub=f"caller-{n}")) for n in range(300)]
         first = [proxy.send(token=t, experts="A").id for t in callers]
         before = proxy.counters()
@@ -574,87 +564,6 @@ def test_ext_authz_gone() -> None:
             (first.headers["x-srp-decision-id"], "allow", "C", "high")
         }
         assert "somebody" not in it.envoy.log.read_text()  # the subject is no business of the log's
-
-
-def test_a_witness_sees_every_decision(tmp_path: Path) -> None:
-    """Under a shadow policy or a decision log nothing is leased; nor with a table of no entries."""
-    plain = Settings(tmp_path / "policy.yaml")
-    assert leasing(plain, None) is not None
-    assert leasing(plain, object()) is None  # type: ignore[arg-type]
-    assert leasing(replace(plain, lease_entries=0), None) is None
-
-
-# ---- the grant itself ----
-
-RULES = asks.POLICY + "lease: 20s\n"
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A grant as Envoy gets it."""
-
-    epoch: str
-    expires: int
-    headers: dict[str, str]
-
-
-def test_a_grant_ends_with_lease_or_token(tmp_path: Path) -> None:
-    """min(now + lease, exp + leeway)."""
-    policy = asks.load_policy(tmp_path, text=RULES)
-    now = time.time()
-    for life, expected in ((300, now + 20), (5, int(now) + 5 + 30 if int(now) + 35 < now + 20 else now + 20)):
-        caller = asks.token(plan="premium", exp=int(now) + life)
-        assert granted(policy, now, authorization=f"Bearer {caller}", x_expert_names="C") == pytest.approx(expected)
-    short = asks.load_policy(tmp_path, ("version: 1", "version: 1\nleeway: 1s"), text=RULES)
-    caller = asks.token(exp=int(now) + 5)
-    assert granted(short, now, authorization=f"Bearer {caller}", x_expert_names="A") == int(now) + 6
-
-
-def test_the_shortest_lease_counts(tmp_path: Path) -> None:
-    """Of the experts asked for and of those that serve."""
-    policy = asks.load_policy(tmp_path, ("A: {tier: low,", "A: {tier: low, lease: 5s,"), text=RULES)
-    assert granted(policy, 1e9, x_expert_names="B") == 1e9 + 20
-    assert granted(policy, 1e9, x_expert_names="A,B") == 1e9 + 5
-    assert granted(policy, 1e9, x_expert_names="D") == 1e9 + 5  # downgraded to B, A
-    longer = asks.load_policy(tmp_path, ("B: {tier: low,", "B: {tier: low, lease: 1m,"), text=RULES)
-    assert granted(longer, 1e9, x_expert_names="B") == 1e9 + 60
-    off = asks.load_policy(tmp_path, text=asks.POLICY + "lease: 0\n")
-    assert granted(off, 1e9, x_expert_names="B") is None
-    assert leases.possible(policy)
-    assert not leases.possible(off)
-
-
-def test_the_answer_with_a_grant_is_the_answer_without(tmp_path: Path) -> None:
-    """But for the lease in its metadata, which holds exactly what the answer sets for the expert."""
-    policy = asks.load_policy(tmp_path)
-    decision = decided(policy, 1e9, x_expert_names="D").decision
-    writer = wire.Writer(policy, "the epoch")
-    plain = asks.response_of(writer.write(decision, "0123456789abcdef"))
-    with_grant = asks.response_of(writer.grant(decision, "0123456789abcdef", 1e9 + 1.5))
-    assert plain.dynamic_metadata is not None
-    assert with_grant.dynamic_metadata is not None
-    lease = with_grant.dynamic_metadata.fields.pop("lease").struct_value
-    assert with_grant == plain
-    assert lease is not None
-    assert lease.fields["epoch"].string_value == "the epoch"
-    assert lease.fields["expires"].string_value == "1000000001500"
-    held = lease.fields["headers"].struct_value
-    assert held is not None
-    assert plain.ok_response is not None
-    expected = {o.header.key: o.header.value for o in plain.ok_response.headers if o.header}
-    assert {name: value.string_value for name, value in held.fields.items()} == expected
-    assert expected["x-srp-decision-id"] == "0123456789abcdef"
-
-
-HOSTILE = ['"', "\\", "\n", "]]", "é", "a\x00b", "%d", "--"]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_no_text_escapes_from_the_settings(text: str) -> None:
-    """Paths and headers of the policy become Lua strings whatever they hold."""
-    made = lease_filter._lua(text)
-    assert made.isascii()
-    assert made.strip('"').replace("\\", "").isalnum()
 
 
 # ---- the same as without ----
@@ -885,21 +794,7 @@ def under_load(proxy: Proxy, token: str, until: float) -> list[tuple[float, Answ
         return [answer for c in clients for answer in c.result()]
 
 
-def request_of(**headers: str) -> Request:
-    return Request("GET", "/x", {name.replace("_", "-"): value for name, value in headers.items()})
-
-
-def decided(policy: Policy, now: float, **headers: str) -> Outcome:
-    outcome = check(asks.snapshot(policy), request_of(**headers), now)
-    assert isinstance(outcome, Outcome)
-    return outcome
-
-
-def granted(policy: Policy, now: float, **headers: str) -> float | None:
-    return leases.grant(policy, decided(policy, now, **headers), request_of(**headers), now)
-
-
 def metadata(answer: bytes) -> dict[str, Any]:
-    response = asks.response_of(answer)
+    response = response_of(answer)
     assert response.dynamic_metadata is not None
     return dict(response.dynamic_metadata.fields)

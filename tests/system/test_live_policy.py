@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import time
@@ -15,12 +14,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from ext_authz.cli.main import main
 from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import ROOT, tokens
-from tests.harness.policies import write_keys
-from tests.harness.system import System, get_json, rss, system, wait_for
+from tests.harness.system import System, get_json, rss, system
+from tests.harness.waiting import wait_for
 
 SWAPS = int(os.environ.get("SRP_SWAPS", "100"))  # the README's figure is of 1,000
 BROKEN = sorted((ROOT / "tests/policyfile/broken").glob("*.yaml"))
@@ -41,19 +39,7 @@ def original(live: System) -> Iterator[str]:
     """The first policy, in force before and after the test."""
     text = demo_policy(live.ports)
     yield text
-    swap(live, text)
-
-
-def digest(it: System) -> str:
-    return str(it.status()["policy"]["digest"])
-
-
-def swap(it: System, text: str) -> str:
-    """Put `text` in force; its digest."""
-    wanted = parse_policy(text, "policy.yaml", it.directory).digest
-    it.write_policy(text)
-    wait_for(lambda: digest(it) == wanted, f"policy {wanted}", it, seconds=10)
-    return wanted
+    live.swap(text)
 
 
 @contextlib.asynccontextmanager
@@ -91,7 +77,7 @@ def under_load(it: System, experts: list[str], act: Callable[[Answers], Awaitabl
 def test_every_answer_agrees_with_the_digest_it_carries(live: System, original: str) -> None:
     """Policies that flip C between tiers, swapped as fast as they come into force; nothing fails, nothing leaks."""
     opened = original.replace("C: {tier: high", "C: {tier: low")
-    digests = {swap(live, original): 403, swap(live, opened): 200}
+    digests = {live.swap(original): 403, live.swap(opened): 200}
     assert live.authz.process is not None
     pid = live.authz.process.pid
     before = (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(live.directory)))
@@ -99,7 +85,7 @@ def test_every_answer_agrees_with_the_digest_it_carries(live: System, original: 
 
     async def flip(_: Answers) -> None:
         for n in range(SWAPS):
-            await asyncio.to_thread(swap, live, original if n % 2 == 0 else opened)
+            await asyncio.to_thread(live.swap, original if n % 2 == 0 else opened)
             if n == SWAPS // 4:
                 memory.append(rss(pid))
         memory.append(rss(pid))
@@ -127,7 +113,7 @@ def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
     (folder / "link").symlink_to("..data/policy.yaml")
     (folder / "link").rename(folder / "policy.yaml")
     wanted = parse_policy(target, "policy.yaml", folder).digest
-    wait_for(lambda: digest(live) == wanted, "the mounted policy", live)
+    wait_for(lambda: live.digest == wanted, "the mounted policy", live)
     again = folder / "..2026_2"
     again.mkdir()
     (again / "policy.yaml").write_text(original + "# mounted again\n")
@@ -135,7 +121,7 @@ def test_a_configmap_swap_is_followed(live: System, original: str) -> None:
     (folder / "..data_tmp").rename(folder / "..data")
     shutil.rmtree(version)
     wanted = parse_policy(original + "# mounted again\n", "policy.yaml", folder).digest
-    wait_for(lambda: digest(live) == wanted, "the second mounted policy", live)
+    wait_for(lambda: live.digest == wanted, "the second mounted policy", live)
     (folder / "policy.yaml").unlink()
     (folder / "policy.yaml").write_text(original)
     shutil.rmtree(again)
@@ -154,14 +140,14 @@ def test_a_touch_without_a_change_does_nothing(live: System, original: str) -> N
 def test_a_new_expert_is_reachable_from_the_first_decision_that_names_it(live: System, original: str) -> None:
     """404 until the new policy, 200 from then on, 404 after its removal, and no failure in between."""
     without = "".join(line for line in original.splitlines(keepends=True) if not line.startswith("  D:"))
-    swap(live, without)
+    live.swap(without)
 
     async def add_and_remove(answers: Answers) -> None:
         opened = original.replace("D: {tier: high", "D: {tier: low")
         for _ in range(3):
-            await asyncio.to_thread(swap, live, opened)
+            await asyncio.to_thread(live.swap, opened)
             await asyncio.sleep(0.2)
-            await asyncio.to_thread(swap, live, without)
+            await asyncio.to_thread(live.swap, without)
             await asyncio.sleep(0.2)
 
     answers = under_load(live, ["D"], add_and_remove)
@@ -174,7 +160,7 @@ def test_a_new_expert_is_reachable_from_the_first_decision_that_names_it(live: S
 def test_a_dropped_expert_is_warned_about_by_name(live: System, original: str) -> None:
     """In the log and in the status."""
     without = "".join(line for line in original.splitlines(keepends=True) if not line.startswith("  D:"))
-    swap(live, without)
+    live.swap(without)
     assert any("D" in warning for warning in live.status()["policy"]["warnings"])
     assert "`D`" in live.authz.log.read_text()
 
@@ -185,7 +171,7 @@ def test_a_token_revoked_by_jti_stops_with_the_reload(live: System, original: st
     other = tokens.sign(tokens.claims(plan="premium", jti="fine"))
     for token in (revoked, other, revoked):
         assert live.send(experts=["C"], token=token).status == 200
-    swap(live, original + "revoked: {jti: [stolen]}\n")
+    live.swap(original + "revoked: {jti: [stolen]}\n")
     answer = live.send(experts=["C"], token=revoked)
     assert (answer.status, answer.code) == (401, "invalid_token")
     assert live.send(experts=["C"], token=other).status == 200
@@ -204,30 +190,6 @@ def test_a_broken_policy_keeps_the_old_one(live: System, original: str, path: Pa
     assert live.send(experts=["A"]).status == 200
 
 
-@pytest.fixture
-def own_logging() -> Iterator[None]:
-    """`srp serve` takes the root logger over; give it back."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@pytest.mark.parametrize("path", BROKEN, ids=lambda p: p.stem)
-@pytest.mark.usefixtures("own_logging")
-def test_a_broken_policy_is_refused_at_the_start(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit 1, and every line names the file."""
-    write_keys(tmp_path)
-    shutil.copy(path, tmp_path / "policy.yaml")
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--policy", str(tmp_path / "policy.yaml"), "--listen", f"unix:{tmp_path}/s", "--status", "off"])
-    assert ended.value.code == 1
-    assert all(line.startswith(f"{tmp_path}/policy.yaml:") for line in capsys.readouterr().err.splitlines())
-
-
 def test_both_halves_come_back_alone(live: System, original: str) -> None:
     """ext_authz restarted behind a running Envoy, and Envoy before a running ext_authz, under load."""
     live.authz.kill()
@@ -239,6 +201,6 @@ def test_both_halves_come_back_alone(live: System, original: str) -> None:
     live.envoy.start()
     wait_for(lambda: live.send(experts=["A"]).status == 200, "envoy", live)
     wait_for(lambda: live.status()["envoy"]["connected"] == 1, "the dead stream to go", live, seconds=5)
-    swap(live, original + "# after both\n")
+    live.swap(original + "# after both\n")
     status: Any = live.status()
     assert live.send(experts=["A"]).headers["x-srp-policy"] == status["policy"]["digest"]

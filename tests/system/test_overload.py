@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import HOST, System, get_json, pause, resume, system, wait_for
+from tests.harness.system import HOST, System, get_json, system
+from tests.harness.waiting import wait_for
 
 IN_FLIGHT = 384  # checks that Envoy has under way at most: the ext_authz cluster's `max_requests`
 CROWD = IN_FLIGHT + 64
@@ -28,8 +29,8 @@ def test_a_crowd_is_refused_and_not_let_in(proxy: System) -> None:
     request = b"GET / HTTP/1.1\r\nhost: x\r\nx-expert-names: A\r\nconnection: close\r\n\r\n"
     with ExitStack() as stack:
         crowd = [stack.enter_context(socket.create_connection((HOST, proxy.port), 30)) for _ in range(CROWD)]
-        pause(proxy.authz)
-        stack.callback(resume, proxy.authz)
+        proxy.authz.pause()
+        stack.callback(proxy.authz.resume)
         for one in crowd:
             one.sendall(request)
         answers = [one.makefile("rb").read() for one in crowd]

@@ -19,7 +19,8 @@ import pytest
 from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
 from tests.harness import tokens
-from tests.harness.system import HOST, System, system, wait_for
+from tests.harness.system import HOST, System, system
+from tests.harness.waiting import wait_for
 
 WORKERS = 3
 SWAPS = 10
@@ -77,14 +78,6 @@ def from_all(it: System, experts: str, token: str | None = None) -> set[int]:
         if all(after[n] > before[n] for n in after):
             return set(found)
         assert time.monotonic() < deadline, (before, after)
-
-
-def swap(it: System, text: str) -> str:
-    """Put `text` in force; its digest."""
-    wanted = parse_policy(text, "policy.yaml", it.directory).digest
-    it.write_policy(text)
-    wait_for(lambda: it.status()["policy"]["digest"] == wanted, f"policy {wanted}", it, seconds=10)
-    return wanted
 
 
 @contextlib.asynccontextmanager
@@ -169,12 +162,12 @@ def test_a_policy_in_force_is_every_workers(team: System) -> None:
     """Swaps under load: an answer agrees with the policy it carries, and none has the old one once the new counts."""
     original = demo_policy(team.ports)
     opened = original.replace("C: {tier: high", "C: {tier: low")
-    expected = {swap(team, original): 403, swap(team, opened): 200}
+    expected = {team.swap(original): 403, team.swap(opened): 200}
 
     async def story() -> Answers:
         async with load(team, "C") as answers:
             for n in range(SWAPS):
-                digest = await asyncio.to_thread(swap, team, original if n % 2 == 0 else opened)
+                digest = await asyncio.to_thread(team.swap, original if n % 2 == 0 else opened)
                 # A request from before the swap may be answered after it: six clients have one each.
                 arrived = len(answers)
                 for _ in range(3):
@@ -187,16 +180,16 @@ def test_a_policy_in_force_is_every_workers(team: System) -> None:
     assert len(answers) > 10 * SWAPS
     assert [(status, policy) for status, policy in answers if expected.get(policy) != status] == []
     assert team.status()["leases"]["granted"] > 0
-    swap(team, original)
+    team.swap(original)
 
 
 def test_a_revocation_reaches_all(team: System) -> None:
     original = demo_policy(team.ports)
     token = tokens.sign(tokens.claims(sub="eve", plan="premium"))
     assert from_all(team, "C", token) == {200}
-    swap(team, original + "revoked: {sub: [eve]}\n")
+    team.swap(original + "revoked: {sub: [eve]}\n")
     assert from_all(team, "C", token) == {401}
-    swap(team, original)
+    team.swap(original)
 
 
 def test_a_rotation_of_keys_reaches_all(team: System) -> None:
@@ -250,7 +243,7 @@ def test_a_worker_that_does_not_take_over_a_policy_is_killed_first(team: System)
     assert "killed" in logged(team)
     complete(team)
     assert from_all(team, "C") == {200}
-    swap(team, original)
+    team.swap(original)
 
 
 def test_without_its_owner_nobody_decides(team: System) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,8 +29,10 @@ from ext_authz.core.model import STATUS, Decision, Identity, Reason, Refusal, Re
 from ext_authz.core.policy import Expert, Policy, Traffic
 from ext_authz.wire.check import INTERNAL, Writer, read
 from ext_authz.wire.twin import twins
-from tests.harness.asks import response_of
-from tests.harness.strategies import messages
+from tests.harness.authorization import load_policy
+from tests.harness.checks import response_of
+from tests.harness.messages import messages
+from tests.harness.policies import with_stand_ins
 
 TWINS = twins(CheckRequest, CheckResponse)
 
@@ -622,3 +625,38 @@ def test_whatever_is_asked_the_answer_is_clean(names: list[str], forbid: bool, d
         response = written(decision)
         if response.denied_response is not None:
             json.loads(response.denied_response.body)
+
+
+def test_a_lease_changes_nothing_of_an_answer_but_its_metadata(tmp_path: Path) -> None:
+    """The lease there contains exactly the headers that the answer sets for the expert."""
+    policy = load_policy(tmp_path)
+    decision = decide(policy, Identity(0), ["D"], GET)
+    writer = Writer(policy, "the epoch")
+    plain = response_of(writer.write(decision, "0123456789abcdef"))
+    with_grant = response_of(writer.grant(decision, "0123456789abcdef", 1e9 + 1.5))
+    assert plain.dynamic_metadata is not None
+    assert with_grant.dynamic_metadata is not None
+    lease = with_grant.dynamic_metadata.fields.pop("lease").struct_value
+    assert with_grant == plain
+    assert lease is not None
+    assert lease.fields["epoch"].string_value == "the epoch"
+    assert lease.fields["expires"].string_value == "1000000001500"
+    held = lease.fields["headers"].struct_value
+    assert held is not None
+    assert plain.ok_response is not None
+    expected = {o.header.key: o.header.value for o in plain.ok_response.headers if o.header}
+    assert {name: value.string_value for name, value in held.fields.items()} == expected
+    assert expected["x-srp-decision-id"] == "0123456789abcdef"
+
+
+def test_envoy_gets_the_stand_ins_and_may_change_the_verdict() -> None:
+    """Verdict and reason are set only where Envoy has not set them: it does when a stand-in answers."""
+    policy = with_stand_ins()
+    decision = decide(policy, Identity(1, claims={"org": "acme"}), ["C"], Request("POST", "/", {}))
+    response = written(decision, policy).ok_response
+    assert response is not None
+    headers = {o.header.key: o.header.value for o in response.headers if o.header}
+    assert headers["x-target-cluster"] == "c;w=1;m=1024,b;w=3;m=1024;s,d;w=1;m=1024;s,a;w=1;m=1024;s"
+    actions = {o.header.key: o.append_action for o in response.response_headers_to_add if o.header}
+    only_if_absent = {name for name, action in actions.items() if action is AppendAction.ADD_IF_ABSENT}
+    assert only_if_absent == {"x-srp-decision", "x-srp-reason"}
