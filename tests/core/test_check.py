@@ -88,11 +88,12 @@ DECIDED = [
     ("nobody named", POLICY, lambda: request_for(""), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
     ("unknown", POLICY, lambda: request_for("Z", premium()), Verdict.DENY, Reason.UNKNOWN_EXPERT, (), "high"),
     ("bad token", POLICY, lambda: request_for("A", "x.y.z"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
-    ("the token is judged first", POLICY, lambda: request_for("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
+    ("the token comes first", POLICY, lambda: request_for("A B", "x"), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
     ("expired", POLICY, lambda: request_for("A", token(exp=NOW - 31)), Verdict.DENY, Reason.INVALID_TOKEN, (), None),
     ("no token where one is needed", replace(POLICY, anonymous=None), lambda: request_for("A"),
      Verdict.DENY, Reason.TOKEN_REQUIRED, (), None),
-    ("no gate", replace(POLICY, gate=()), lambda: request_for("A"), Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
+    ("no gate", replace(POLICY, gate=()), lambda: request_for("A"),
+     Verdict.DENY, Reason.NO_EXPERTS_REQUESTED, (), "low"),
 ]  # fmt: skip
 
 

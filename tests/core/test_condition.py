@@ -1,4 +1,4 @@
-"""CEL conditions: compiled at load with one-line errors, a non-match when they fail."""
+"""CEL conditions: compiled at load, with errors of one line; no match if they fail."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ HOLDS = [
     ('claims.org.matches("^ac")', YES),
     ("claims.none == null", YES),
     ('request.method == "GET" && request.headers["x-team"] == "red"', YES),
-    ("claims.huge > 3 && claims.vast > 3", YES),  # beyond 64 bits, and not wrapped around
+    ("claims.huge > 3 && claims.vast > 3", YES),  # above 64 bits, without wrapping around
     ("claims.vast < 3", NO),
-    # no answer
+    # no result
     ("claims.absent", ERROR),
     ("!claims.absent", ERROR),
     ('claims.absent == "x"', ERROR),
@@ -48,7 +48,7 @@ HOLDS = [
     ("claims.level + 9223372036854775807 > 0", ERROR),
     ("claims.org.matches('(')", ERROR),
     ('request.headers["x-absent"] == "x"', ERROR),
-    # true alone is a yes
+    # only true is a yes
     ("claims.ok", YES),
     ("claims.level", ERROR),
     ("claims.plan", ERROR),
@@ -62,7 +62,7 @@ HOLDS = [
 
 @pytest.mark.parametrize(("source", "truth"), HOLDS, ids=[source for source, _ in HOLDS])
 def test_only_true_is_a_yes(source: str, truth: Truth) -> None:
-    """A condition that gives neither `true` nor `false`, or fails, is an ERROR."""
+    """A condition that returns neither `true` nor `false`, or fails, is an ERROR."""
     assert compile_condition(source, "here", 1).holds(context(CLAIMS, REQUEST)) is truth
 
 
@@ -78,8 +78,8 @@ READS = [
 
 
 @pytest.mark.parametrize(("source", "reads"), READS, ids=[source for source, _ in READS])
-def test_tells_what_it_reads(source: str, reads: set[str]) -> None:
-    """`reads` names the variables, without those that a macro binds: it decides what may be remembered."""
+def test_reads_are_the_variables_of_the_condition(source: str, reads: set[str]) -> None:
+    """Without those that a macro binds. What may be cached depends on it."""
     assert compile_condition(source, "here", 1).reads == reads
 
 
@@ -104,8 +104,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("source", "allowed", "error"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
-def test_a_mistake_is_one_line(source: str, allowed: frozenset[str], error: str) -> None:
-    """ValueError, on one line, says what is wrong."""
+def test_a_mistake_is_reported_in_one_line(source: str, allowed: frozenset[str], error: str) -> None:
+    """The ValueError says what is wrong."""
     with pytest.raises(ValueError, match=error) as raised:
         compile_condition(source, "here", 1, allowed)
     assert "\n" not in str(raised.value)
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(source: str, allowed: frozenset[str], error: str)
 
 
 def test_the_bounds_are_exact() -> None:
-    """An expression of the greatest length, and one of the greatest depth, compile."""
+    """The longest and the deepest expressions compile."""
     compile_condition('"' + "x" * (MAX_LENGTH - len('"" == "x"')) + '" == "x"', "here", 1)
     compile_condition("(" * MAX_NESTING + "true" + ")" * MAX_NESTING, "here", 1)
     compile_condition('"' + "(" * 100 + '" == claims.a', "here", 1)  # brackets in a string do not nest
@@ -136,7 +136,7 @@ HOSTILE = [
 
 
 def test_hostile_sources_do_not_end_the_process() -> None:
-    """The longest and deepest expressions compile or are refused, and are evaluated, in a process that survives."""
+    """The longest and the deepest expressions are refused, or compiled and evaluated."""
     script = (
         "import sys, json\n"
         "from ext_authz.core.condition import compile_condition, context\n"
@@ -152,8 +152,8 @@ def test_hostile_sources_do_not_end_the_process() -> None:
     assert ran.stdout == "alive\n", ran.stderr[-500:]
 
 
-def test_claims_that_cel_cannot_hold_are_no_match() -> None:
-    """Half a surrogate pair, legal in JSON, makes the conditions that read claims fail, not the request."""
+def test_claims_that_cel_cannot_represent_are_no_match() -> None:
+    """Half a surrogate pair, legal in JSON, fails the conditions that read claims, not the request."""
     variables = context({"plan": "premium", "name": "\ud800"}, REQUEST)
     assert compile_condition('claims.plan == "premium"', "here", 1).holds(variables) is ERROR
     assert compile_condition("!has(claims.blocked)", "here", 1).holds(variables) is ERROR
@@ -161,8 +161,8 @@ def test_claims_that_cel_cannot_hold_are_no_match() -> None:
 
 
 @given(st.dictionaries(st.text(st.characters(), max_size=5), json_values, max_size=4), header_texts)
-def test_any_claims_and_headers_give_an_answer(claims: dict[str, Any], header: str) -> None:
-    """Whatever JSON and latin-1 text come, a condition answers and does not raise."""
+def test_any_claims_and_headers_give_a_result(claims: dict[str, Any], header: str) -> None:
+    """Any JSON and latin-1 text: a condition never raises."""
     variables = context(claims, {"method": header, "path": header, "headers": {"x-team": header}})
     for source in ("claims.a == request.method", 'claims.exists(k, k == "a")', 'request.headers["x-team"] == "red"'):
         assert compile_condition(source, "here", 1).holds(variables) in Truth

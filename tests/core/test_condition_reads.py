@@ -1,4 +1,4 @@
-"""Which claims a condition reads: certain, or all of them."""
+"""Which claims a condition reads: exactly these, or any."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ READS = [
 
 
 @pytest.mark.parametrize(("source", "expected"), READS, ids=[source for source, _ in READS])
-def test_tells_what_a_condition_reads(source: str, expected: set[str] | None) -> None:
-    """Exactly the members its outcome can depend on, or None."""
+def test_members_are_those_that_the_result_can_depend_on(source: str, expected: set[str] | None) -> None:
+    """Or None, if they can be any."""
     try:
         condition = compile_condition(source, "here", 1)
     except ValueError:
-        pytest.skip("CEL does not take it")
+        pytest.skip("CEL does not accept it")
     assert members(condition, "claims") == expected
 
 
-def test_reads_of_the_request_are_told_apart() -> None:
-    """`request` has members as well."""
+def test_members_of_the_request_are_found_apart_from_those_of_the_claims() -> None:
+    """`request` has members, too."""
     condition = compile_condition('request.method == "GET" && claims.a == request["path"]', "here", 1)
     assert members(condition, "request") == {"method", "path"}
 
@@ -82,8 +82,8 @@ SOURCES = st.recursive(
 
 
 @given(SOURCES, CLAIMS, CLAIMS)
-def test_claims_it_does_not_read_change_nothing(source: str, some: dict[str, Any], others: dict[str, Any]) -> None:
-    """Two callers who agree on what is read get the same outcome, whatever else they claim."""
+def test_claims_that_are_not_read_change_nothing(source: str, some: dict[str, Any], others: dict[str, Any]) -> None:
+    """Two callers with the same values of what is read get the same result."""
     try:
         condition = compile_condition(source, "here", 1)
     except ValueError:

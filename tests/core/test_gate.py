@@ -1,4 +1,4 @@
-"""The gate: which experts a request names; what is malformed is refused and never means the default."""
+"""The gate: which experts a request names. What is malformed is refused; it never means the default."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PATHS: list[tuple[str, Outcome]] = [
     ("/routes", NONE),
     ("/ROUTE", NONE),
     ("/v1/", ("B",)),
-    ("/v1/chat", ("B",)),  # the first rule that matches, not the closest
+    ("/v1/chat", ("B",)),  # the first rule that matches, not the most specific
     ("/v1", NONE),
     ("/", NONE),
     ("", NONE),
@@ -54,13 +54,13 @@ PATHS: list[tuple[str, Outcome]] = [
 
 
 @pytest.mark.parametrize(("path", "expected"), PATHS)
-def test_the_first_rule_that_covers_the_path(path: str, expected: Outcome) -> None:
-    """`path` rules match whole, `prefix` rules the beginning; a path without a rule names nobody."""
+def test_the_first_rule_that_covers_the_path_counts(path: str, expected: Outcome) -> None:
+    """`path` rules match the whole path, `prefix` rules its beginning; a path without a rule names no expert."""
     assert outcome(ROUTES, Request("GET", path, {})) == expected
 
 
-def test_no_rules_name_nobody() -> None:
-    """An empty gate is a 400, whatever the request says."""
+def test_without_rules_a_request_names_no_expert() -> None:
+    """It is a 400, whatever the request says."""
     request = Request("POST", "/", {"x-expert-names": "A"}, b'{"expert_names": ["A"]}')
     assert outcome(policy(), request) == NONE
 
@@ -106,32 +106,32 @@ HEADERS: list[tuple[str, str | None, Outcome]] = [
 
 
 @pytest.mark.parametrize(("value", "expected"), [h[1:] for h in HEADERS], ids=[h[0] for h in HEADERS])
-def test_names_in_a_header(value: str | None, expected: Outcome) -> None:
-    """A comma-separated list of 1 to 64 names of 1 to 64 visible ASCII characters; absent alone means the default."""
+def test_a_header_names_experts_or_is_refused(value: str | None, expected: Outcome) -> None:
+    """1 to 64 names of 1 to 64 visible ASCII characters; only an absent header means the default."""
     headers = {} if value is None else {"x-expert-names": value}
     assert outcome(HEADER, Request("GET", "/", headers)) == expected
 
 
 @pytest.mark.parametrize("value", ["A", "", "Z"])
 def test_a_repeated_header_is_refused(value: str) -> None:
-    """Two headers may mean two things to two readers: 400, even if the first is good."""
+    """Two readers may understand it differently: 400, even if the first value is good."""
     request = Request("GET", "/", {"x-expert-names": value}, repeated=frozenset({"x-expert-names"}))
     assert outcome(HEADER, request) is BAD
 
 
-def test_another_repeated_header_does_no_harm() -> None:
-    """Only the header that is read must be single."""
+def test_a_repeated_header_that_is_not_read_does_no_harm() -> None:
+    """Only the header that is read must not be repeated."""
     request = Request("GET", "/", {"x-expert-names": "A", "accept": "x"}, repeated=frozenset({"accept"}))
     assert outcome(HEADER, request) == ("A",)
 
 
-def test_without_a_default_a_request_must_name_somebody() -> None:
+def test_without_a_default_a_request_must_name_an_expert() -> None:
     """No header and no default: 400."""
     assert outcome(HEADER_ONLY, Request("GET", "/", {})) is NONE
 
 
 def test_a_header_rule_does_not_read_the_body() -> None:
-    """The gate of a path is one place only."""
+    """A path has one gate, in one place."""
     assert outcome(HEADER, Request("POST", "/", {}, b'{"expert_names": ["C"]}')) == ("A", "B")
 
 
@@ -152,21 +152,21 @@ TARGETS: list[tuple[str | None, Outcome]] = [
 
 @pytest.mark.parametrize(("value", "expected"), TARGETS)
 def test_a_client_may_ask_by_cluster(value: str | None, expected: Outcome) -> None:
-    """The rule on `x-target-cluster` takes clusters or experts; the header comes as `x-requested-cluster`."""
+    """The rule on `x-target-cluster` accepts clusters and experts; the header arrives as `x-requested-cluster`."""
     headers = {} if value is None else {REQUESTED_CLUSTER: value}
     assert outcome(TARGET, Request("GET", "/", headers)) == expected
 
 
 def test_errors_name_the_header_that_the_client_sent() -> None:
-    """The client knows nothing of `x-requested-cluster`."""
+    """The client does not know `x-requested-cluster`."""
     found = gate.read(TARGET, Request("GET", "/", {REQUESTED_CLUSTER: "a b"}))
     assert isinstance(found, Refusal)
     assert "x-target-cluster" in found.detail
     assert REQUESTED_CLUSTER not in found.detail
 
 
-def test_only_that_rule_reads_clusters() -> None:
-    """A name in another header that happens to be a cluster's stays as it is."""
+def test_only_that_rule_accepts_clusters() -> None:
+    """A name in another header is never taken for a cluster's."""
     assert outcome(HEADER, Request("GET", "/", {"x-expert-names": "expert-c"})) == ("expert-c",)
 
 
@@ -239,7 +239,7 @@ BODIES: list[tuple[str, bytes, Outcome]] = [
 
 
 @pytest.mark.parametrize(("body", "expected"), [b[1:] for b in BODIES], ids=[b[0] for b in BODIES])
-def test_names_in_a_body(body: bytes, expected: Outcome) -> None:
+def test_a_body_names_experts_or_is_refused(body: bytes, expected: Outcome) -> None:
     """A string or a list of strings at the pointer; only an absent body or member means the default."""
     assert outcome(BODY, Request("POST", "/", {"content-type": "application/json"}, body)) == expected
 
@@ -259,14 +259,16 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("body", [names(["A"]), b""], ids=["a body", "no body"])
 @pytest.mark.parametrize(("headers", "repeated"), [u[1:] for u in UNREADABLE], ids=[u[0] for u in UNREADABLE])
-def test_a_body_that_is_not_whole_is_refused(headers: dict[str, str], repeated: tuple[str, ...], body: bytes) -> None:
-    """Compressed or incomplete bodies are 400, also where nothing of them came: never the default."""
+def test_a_compressed_or_incomplete_body_is_refused(
+    headers: dict[str, str], repeated: tuple[str, ...], body: bytes
+) -> None:
+    """A compressed or incomplete body is a 400, even if none of it arrived: never the default."""
     assert outcome(BODY, Request("POST", "/", headers, body, frozenset(repeated))) is BAD
 
 
 @pytest.mark.parametrize("headers", [{"content-encoding": " Identity "}, {"x-envoy-auth-partial-body": "false"}])
-def test_a_body_that_is_as_it_is_is_read(headers: dict[str, str]) -> None:
-    """`identity` and Envoy's word that the body is whole change nothing."""
+def test_a_plain_and_complete_body_is_read(headers: dict[str, str]) -> None:
+    """Encoding `identity`, and Envoy's header that says that the body is complete."""
     assert outcome(BODY, Request("POST", "/", headers, names(["C"]))) == ("C",)
 
 
@@ -297,8 +299,8 @@ POINTERS: list[tuple[str, tuple[str, ...], bytes, Outcome]] = [
 
 
 @pytest.mark.parametrize(("pointer", "body", "expected"), [p[1:] for p in POINTERS], ids=[p[0] for p in POINTERS])
-def test_pointers(pointer: tuple[str, ...], body: bytes, expected: Outcome) -> None:
-    """RFC 6901 on decoded tokens; a way through a value of the wrong type is 400, an absent member the default."""
+def test_a_pointer_leads_to_its_member_or_is_refused(pointer: tuple[str, ...], body: bytes, expected: Outcome) -> None:
+    """RFC 6901 on decoded tokens. A path through a value of the wrong type is a 400, an absent member the default."""
     rules = policy(GateRule("/", exact=False, source=Body(pointer), default=DEFAULT))
     assert outcome(rules, Request("POST", "/", {}, body)) == expected
 
@@ -306,8 +308,8 @@ def test_pointers(pointer: tuple[str, ...], body: bytes, expected: Outcome) -> N
 # ---- neither ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_may_hold_the_default_only() -> None:
-    """Such a rule reads nothing of the request."""
+def test_a_rule_may_have_a_default_only() -> None:
+    """It reads nothing from the request."""
     rules = policy(GateRule("/", exact=False, source=DefaultOnly(), default=("B",)))
     assert outcome(rules, Request("POST", "/", {"x-expert-names": "C"}, b"\xff")) == ("B",)
 
@@ -325,8 +327,8 @@ DETAILS = [
 
 
 @pytest.mark.parametrize(("rules", "request_", "detail"), DETAILS, ids=[d for _, _, d in DETAILS])
-def test_the_refusal_names_the_place(rules: Policy, request_: Request, detail: str) -> None:
-    """The detail says where the gate looked and what was wrong there, in the policy's words."""
+def test_a_refusal_says_where_the_gate_looked(rules: Policy, request_: Request, detail: str) -> None:
+    """And what was wrong there, in the policy's words."""
     found = gate.read(rules, request_)
     assert isinstance(found, Refusal)
     assert found.detail.startswith(detail)
@@ -343,7 +345,7 @@ bodies = st.one_of(
 
 @given(bodies, header_texts, header_texts)
 def test_any_bytes_give_clean_names_or_a_refusal(body: bytes, header: str, encoding: str) -> None:
-    """Whatever comes, the gate does not raise, and names that come out are few, short, unique and visible ASCII."""
+    """The gate never raises; the names it returns are few, short, unique and visible ASCII."""
     requests = (
         (HEADER, Request("GET", "/", {"x-expert-names": header})),
         (TARGET, Request("GET", "/", {REQUESTED_CLUSTER: header})),
@@ -362,7 +364,7 @@ def test_any_bytes_give_clean_names_or_a_refusal(body: bytes, header: str, encod
 
 @given(st.lists(st.from_regex(r"[!-+\--:<-~]{1,64}", fullmatch=True), min_size=1, max_size=MAX_NAMES))
 def test_every_way_to_name_experts_agrees(asked: list[str]) -> None:
-    """The same names by header and by body are the same request."""
+    """The same names in a header and in a body."""
     by_header = gate.read(HEADER, Request("GET", "/", {"x-expert-names": ",".join(asked)}))
     by_body = gate.read(BODY, Request("POST", "/", {}, names(asked)))
     assert by_header == by_body == tuple(dict.fromkeys(asked))

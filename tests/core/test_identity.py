@@ -1,4 +1,4 @@
-"""Tokens: the good ones verify, and everything else is a refusal that repeats nothing of the token."""
+"""Tokens: good ones verify; anything else is refused, and the refusal repeats nothing of the token."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ POLICY = Policy(
 
 @pytest.fixture(scope="module")
 def keys() -> identity.Keys:
-    """The keys of three issuers. The second has a key with the same `kid` as one of the first."""
+    """The keys of three issuers. The second has a key with the same `kid` as one of the first's."""
     other = json.dumps({"keys": [tokens.jwk("ES256", "other", kid="ES256")]}).encode()
     return {
         ISSUER: parse_jwks(tokens.jwks()).keys,
@@ -70,7 +70,7 @@ def claims(**over: Any) -> dict[str, Any]:
 
 
 def null(name: str) -> dict[str, Any]:
-    """The claims of a good token, but `name` is null."""
+    """The claims of a good token, except that `name` is null."""
     return {**claims(), name: None}
 
 
@@ -83,7 +83,7 @@ def header(alg: str = "ES256", **over: Any) -> dict[str, Any]:
 
 
 def signed_by(fields: Mapping[str, Any], payload: Mapping[str, Any], alg: str, key: Any) -> str:
-    """A token whose signature by `alg` with `key` may be at odds with its header."""
+    """A token signed by `alg` with `key`, whatever its header says."""
     text = f"{b64(json.dumps(fields).encode())}.{b64(json.dumps(payload).encode())}"
     return f"{text}.{b64(_SIGNERS[alg].sign(text.encode(), key))}"
 
@@ -93,12 +93,12 @@ def with_header(**fields: Any) -> str:
 
 
 def by_eve(kid: str | None = "ES256", **fields: Any) -> str:
-    """A token of a stranger's key."""
+    """A token signed with a stranger's key."""
     return sign(claims(), name="eve", kid=kid, header=fields)
 
 
 def at_other(**over: Any) -> str:
-    """A good token of the second issuer, whose key has a `kid` of the first's."""
+    """A good token of the second issuer, whose key shares a `kid` with one of the first's."""
     return sign(claims(iss=OTHER, **over), name="other", kid="ES256")
 
 
@@ -108,7 +108,7 @@ def as_json(token: str) -> str:
 
 
 def mismatched(says: str, does: str) -> str:
-    """A token whose header says one algorithm of a key and whose signature is by another."""
+    """A token whose header names one algorithm of a key and whose signature uses another."""
     return signed_by(header(says), claims(), does, key_of(says))
 
 
@@ -121,7 +121,7 @@ def raw_claims(text: str | bytes) -> str:
 
 
 def more_claims(text: str) -> str:
-    """The claims of a good token with more JSON members behind them."""
+    """The claims of a good token, followed by more JSON members."""
     return raw_claims(json.dumps(claims())[:-1] + f", {text}}}")
 
 
@@ -134,7 +134,7 @@ def repart(change: Callable[[list[str]], list[str]], token: str | None = None) -
 
 
 def resigned(signature: Callable[[bytes], bytes], alg: str = "ES256") -> str:
-    """A good token whose signature went through `signature`."""
+    """A good token with its signature changed by `signature`."""
     return repart(lambda p: [p[0], p[1], b64(signature(unb64(p[2])))], good(alg))
 
 
@@ -152,13 +152,13 @@ def key_of(alg: str) -> Any:
 
 
 def by_secret(secret: bytes, issuer: str = ISSUER, **fields: Any) -> str:
-    """Key confusion: HMAC with what is public. PyJWT would not sign so, an attacker does."""
+    """Key confusion: an HMAC with something public. PyJWT would refuse to sign this; an attacker would not."""
     text = f"{b64(json.dumps({'alg': 'HS256', **fields}).encode())}.{b64(json.dumps(claims(iss=issuer)).encode())}"
     return f"{text}.{b64(hmac.new(secret, text.encode(), hashlib.sha256).digest())}"
 
 
 def unused(which: int) -> str:
-    """A good token in which one part has a bit set that no decoder reads."""
+    """A good token with a bit set in one part that no decoder reads."""
     for n in range(12):
         split = parts(sign(claims(n="n" * n), header={"n": "n" * n}))
         if len(split[which]) % 4 in (2, 3):
@@ -166,7 +166,7 @@ def unused(which: int) -> str:
                 split[which] = with_unused_bit(split[which])
                 return raw_parts(split[0], split[1])
             return ".".join([*split[:2], with_unused_bit(split[2])])
-    raise AssertionError("no part of a length with unused bits")
+    raise AssertionError("no part has a length that leaves bits unused")
 
 
 def der(raw: bytes) -> bytes:
@@ -181,7 +181,7 @@ def flipped(raw: bytes) -> bytes:
     return raw[:-1] + bytes([raw[-1] ^ 1])
 
 
-# What a refusal says: a hostile token must fail for its own fault.
+# What a refusal says: each hostile token must fail for its own reason.
 BASE64URL = "a part of the token is not base64url"
 PARTS = "the token does not have three parts"
 ALGORITHM = "the token's algorithm is not one of its issuer's"
@@ -341,7 +341,7 @@ HOSTILE: list[tuple[str, str, Callable[[], str]]] = [
     ("claims not UTF-8", UTF8, lambda: raw_claims(json.dumps(claims())[:-1].encode() + b', "x": "\xff"}')),
     ("claims nested deep", DEPTH, lambda: more_claims('"x": ' + "[" * 16 + "]" * 16)),
     ("claims nested 5,000 deep", DEPTH, lambda: more_claims('"x": ' + "[" * 5000 + "]" * 5000)),
-    ("claims in an unclosed pile of brackets", DEPTH, lambda: raw_claims("[" * 10_000)),
+    ("claims with unclosed brackets", DEPTH, lambda: raw_claims("[" * 10_000)),
     # ---- times
     ("exp missing", NO_EXPIRY, lambda: good(exp=None)),
     ("exp null", TIME, lambda: sign(null("exp"))),
@@ -373,7 +373,7 @@ HOSTILE: list[tuple[str, str, Callable[[], str]]] = [
     # ---- audience
     ("aud missing", NO_AUDIENCE, lambda: good(aud=None)),
     ("aud null", NO_AUDIENCE, lambda: sign(null("aud"))),
-    ("aud of somebody else", OTHER_AUDIENCE, lambda: good(aud="another-gateway")),
+    ("aud of another gateway", OTHER_AUDIENCE, lambda: good(aud="another-gateway")),
     ("aud list of others", OTHER_AUDIENCE, lambda: good(aud=["another-gateway", "third"])),
     ("aud empty list", OTHER_AUDIENCE, lambda: good(aud=[])),
     ("aud empty string", OTHER_AUDIENCE, lambda: good(aud="")),
@@ -422,7 +422,7 @@ HOSTILE: list[tuple[str, str, Callable[[], str]]] = [
     ("sub revoked", REVOKED, lambda: good(sub="mallory")),
     ("sub revoked, at another issuer", REVOKED, lambda: at_other(sub="mallory")),
     ("issued too early", REVOKED, lambda: good(iat=NOW - 86_401)),
-    ("issued who knows when", REVOKED, lambda: good(iat=None)),
+    ("issued at an unknown time", REVOKED, lambda: good(iat=None)),
     # ---- the signature
     ("signature missing", SIGNATURE, lambda: repart(lambda p: [p[0], p[1], "AA"])),
     ("signature of another token", SIGNATURE, lambda: repart(lambda p: [p[0], p[1], parts(good(sub="bob"))[2]])),
@@ -464,7 +464,7 @@ def refused(found: object) -> Refusal:
 
 
 def values(value: Any) -> list[str]:
-    """Every text in a JSON value, names included."""
+    """Every text in a JSON value, including names."""
     if isinstance(value, dict):
         return [text for k, v in value.items() for text in (k, *values(v))]
     if isinstance(value, list):
@@ -473,7 +473,7 @@ def values(value: Any) -> list[str]:
 
 
 def repeats_nothing(detail: str, token: str) -> bool:
-    """Whether `detail` is free of the token: of any 8 characters of it in a row, and of the values inside."""
+    """Whether `detail` repeats no 8 consecutive characters of the token and none of the values inside."""
     secrets = [token[i : i + 8] for i in range(min(len(token), 4000) - 7)]
     for part in token.split(".")[:2]:
         try:
@@ -485,7 +485,7 @@ def repeats_nothing(detail: str, token: str) -> bool:
 
 @pytest.mark.parametrize(("why", "build"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE])
 def test_hostile_tokens_are_refused(why: str, build: Callable[[], str], keys: identity.Keys) -> None:
-    """401, never anonymous, never an exception; no part of the token in the detail; fresh keys would change nothing."""
+    """With 401: never anonymous, never an exception, no part of the token in the detail, no call for fresh keys."""
     token = build()
     found = refused(verify(POLICY, keys, token, NOW))
     assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, None)
@@ -515,8 +515,8 @@ NO_KEY: list[tuple[str, Callable[[], str]]] = [
 
 
 @pytest.mark.parametrize("build", [n[1] for n in NO_KEY], ids=[n[0] for n in NO_KEY])
-def test_without_a_key_fresh_keys_may_help(build: Callable[[], str], keys: identity.Keys) -> None:
-    """401 that names the issuer, so that the shell can look for new keys; still nothing of the token."""
+def test_a_token_whose_key_is_unknown_calls_for_fresh_keys(build: Callable[[], str], keys: identity.Keys) -> None:
+    """The 401 names the issuer, so that its keys can be fetched; it still repeats nothing of the token."""
     token = build()
     found = refused(verify(POLICY, keys, token, NOW))
     assert found.reason is Reason.INVALID_TOKEN
@@ -524,8 +524,8 @@ def test_without_a_key_fresh_keys_may_help(build: Callable[[], str], keys: ident
     assert repeats_nothing(found.detail, token)
 
 
-def test_keys_that_are_not_loaded_are_not_the_callers_fault() -> None:
-    """503 `keys_unavailable` that names the issuer; a token that no key could save is 401 as ever."""
+def test_missing_keys_are_not_the_callers_fault() -> None:
+    """503 `keys_unavailable`, with the issuer; a token that no key could verify is still a 401."""
     found = refused(verify(POLICY, {}, good(), NOW))
     assert (found.reason, found.issuer) == (Reason.KEYS_UNAVAILABLE, ISSUER)
     assert repeats_nothing(found.detail, good())
@@ -562,7 +562,7 @@ GOOD: list[tuple[str, Callable[[], str]]] = [
 
 @pytest.mark.parametrize("build", [g[1] for g in GOOD], ids=[g[0] for g in GOOD])
 def test_good_tokens_verify(build: Callable[[], str], keys: identity.Keys) -> None:
-    """A token that keeps the rules gives the caller's subject, claims and lowest tier."""
+    """And give the caller's subject, claims and the lowest tier."""
     found = verify(POLICY, keys, build(), NOW)
     assert isinstance(found, Identity), found
     assert (found.subject, found.tier, found.anonymous) == ("ada", 0, False)
@@ -570,7 +570,7 @@ def test_good_tokens_verify(build: Callable[[], str], keys: identity.Keys) -> No
 
 
 def test_the_largest_token_is_exactly_16_kib(keys: identity.Keys) -> None:
-    """16,384 bytes are read, the next possible length is not."""
+    """A token of 16,384 bytes is read, the next possible length is not."""
     near = (MAX_TOKEN - len(good(filler=""))) * 3 // 4
     sizes = {len(good(filler="x" * n)): n for n in range(near - 8, near + 8)}
     fits, over = max(s for s in sizes if s <= MAX_TOKEN), min(s for s in sizes if s > MAX_TOKEN)
@@ -589,15 +589,17 @@ SUBJECTS = [
 
 
 @pytest.mark.parametrize(("sub", "subject"), [s[1:] for s in SUBJECTS], ids=[s[0] for s in SUBJECTS])
-def test_subjects(sub: str | None, subject: str, keys: identity.Keys) -> None:
-    """Any text of up to 1 KiB without control characters is a subject, and none at all is an empty one."""
+def test_a_subject_is_any_text_up_to_1_kib_without_control_characters(
+    sub: str | None, subject: str, keys: identity.Keys
+) -> None:
+    """An absent subject is an empty one."""
     found = verify(POLICY, keys, good(sub=sub), NOW)
     assert isinstance(found, Identity)
     assert found.subject == subject
 
 
-def test_claims_earn_the_tier(keys: identity.Keys) -> None:
-    """The clearance rules judge the claims; a rule that fails is named in the identity."""
+def test_the_tier_depends_on_the_claims(keys: identity.Keys) -> None:
+    """By the clearance rules; a rule that fails is named in the identity."""
     premium, plain, without = (verify(POLICY, keys, good(plan=p), NOW) for p in ("premium", "free", None))
     assert isinstance(premium, Identity)
     assert (premium.tier, premium.errors) == (1, ())
@@ -607,8 +609,8 @@ def test_claims_earn_the_tier(keys: identity.Keys) -> None:
     assert (without.tier, without.errors) == (0, ("clearance[0].when",))
 
 
-def test_without_kid_two_fitting_keys_are_one_too_many() -> None:
-    """A token without `kid` is verified only where exactly one key fits its algorithm."""
+def test_without_a_kid_two_keys_that_fit_are_refused() -> None:
+    """Such a token verifies only if exactly one key fits its algorithm."""
     two = json.dumps({"keys": [tokens.jwk("ES256"), tokens.jwk("ES256", "eve"), tokens.jwk("RS256")]}).encode()
     known = {ISSUER: parse_jwks(two).keys}
     assert refused(verify(POLICY, known, sign(claims(), kid=None), NOW)).issuer == ISSUER
@@ -617,8 +619,8 @@ def test_without_kid_two_fitting_keys_are_one_too_many() -> None:
     assert isinstance(verify(POLICY, known, sign(claims(), "RS256", kid=None), NOW), Identity)
 
 
-def test_a_key_without_alg_fits_what_its_type_can() -> None:
-    """An RSA key without `alg` verifies RS256 and PS256, if the issuer's list has them, and nothing else."""
+def test_a_key_without_alg_verifies_the_algorithms_of_its_type() -> None:
+    """An RSA key without `alg` verifies those of RS256 and PS256 that the issuer's list has, and nothing else."""
     known = {ISSUER: parse_jwks(json.dumps({"keys": [tokens.jwk("RS256", alg=None, kid="k")]}).encode()).keys}
     for alg in ("RS256", "PS256"):
         token = signed_by(header(alg, kid="k"), claims(), alg, key_of("RS256"))
@@ -628,7 +630,7 @@ def test_a_key_without_alg_fits_what_its_type_can() -> None:
 
 
 TIMES = [
-    # claim, its distance from now, leeway, whether it verifies
+    # claim, its difference from now, leeway, whether it verifies
     ("exp", 0.001 - LEEWAY, LEEWAY, True),
     ("exp", 0 - LEEWAY, LEEWAY, False),
     ("exp", 0.001, 0, True),
@@ -645,16 +647,16 @@ TIMES = [
 
 
 @pytest.mark.parametrize(("claim", "distance", "leeway", "verifies"), TIMES)
-def test_times_to_the_millisecond(
+def test_times_count_to_the_millisecond(
     claim: str, distance: float, leeway: float, verifies: bool, keys: identity.Keys
 ) -> None:
-    """A token ends at `exp` plus the leeway, and begins at `nbf` and `iat` less the leeway."""
+    """It ends at `exp` plus the leeway, and starts at `nbf` and `iat` minus the leeway."""
     found = verify(replace(POLICY, leeway=leeway), keys, good(**{claim: NOW + distance}), NOW)
     assert isinstance(found, Identity) is verifies
 
 
-def test_the_identity_ends_with_its_token(keys: identity.Keys) -> None:
-    """`expires` is `exp` plus the leeway: at that moment the token itself is refused."""
+def test_an_identity_expires_with_its_token(keys: identity.Keys) -> None:
+    """`expires` is `exp` plus the leeway: from then on the token is refused."""
     token = good(exp=NOW + 100)
     found = verify(POLICY, keys, token, NOW)
     assert isinstance(found, Identity)
@@ -664,12 +666,12 @@ def test_the_identity_ends_with_its_token(keys: identity.Keys) -> None:
 
 
 def test_nothing_is_revoked_unless_the_policy_says_so(keys: identity.Keys) -> None:
-    """Without revocations a token needs no `iat` and may have any id and subject."""
+    """Then a token needs no `iat` and may have any id and subject."""
     policy = replace(POLICY, revoked=Revoked())
     for token in (good(jti="stolen-token"), good(sub="mallory"), good(iat=None), good(iat=0)):
         assert isinstance(verify(policy, keys, token, NOW), Identity)
     early = good(iat=NOW - 86_400)
-    assert isinstance(verify(POLICY, keys, early, NOW), Identity)  # not before, but at that moment
+    assert isinstance(verify(POLICY, keys, early, NOW), Identity)  # exactly then, not before
 
 
 # ---- headers ---------------------------------------------------------------------------------------------------------
@@ -715,10 +717,10 @@ HEADERS: list[tuple[str, dict[str, str], tuple[str, ...], str | Reason | None]] 
 @pytest.mark.parametrize(
     ("headers", "repeated", "expected"), [row[1:] for row in HEADERS], ids=[row[0] for row in HEADERS]
 )
-def test_where_a_token_stands(
+def test_a_token_is_one_bearer_token_or_one_access_token(
     headers: dict[str, str], repeated: tuple[str, ...], expected: str | Reason | None
 ) -> None:
-    """One `Bearer` in authorization, or one x-expert-access-token; anything else there is refused, not overlooked."""
+    """Anything else in these headers is refused, not ignored."""
     found = token_of(Request("GET", "/", headers, repeated=frozenset(repeated)))
     assert (found.reason if isinstance(found, Refusal) else found) == expected
 
@@ -727,24 +729,24 @@ SHOWN = [row for row in HEADERS if row[3] is not None]
 
 
 @pytest.mark.parametrize(("headers", "repeated"), [row[1:3] for row in SHOWN], ids=[row[0] for row in SHOWN])
-def test_whoever_shows_something_is_not_anonymous(
+def test_a_caller_with_anything_in_a_token_header_is_not_anonymous(
     headers: dict[str, str], repeated: tuple[str, ...], keys: identity.Keys
 ) -> None:
-    """With anything in a token header the caller is verified or refused, though the policy lets in the anonymous."""
+    """They are verified or refused, even where the policy admits anonymous callers."""
     request = Request("GET", "/", headers, repeated=frozenset(repeated))
     found = refused(identify(Snapshot(POLICY, keys), request, NOW))
     assert found.reason is Reason.INVALID_TOKEN
     assert TOKEN not in found.detail
 
 
-def test_a_trailing_token_does_not_ride_along(keys: identity.Keys) -> None:
-    """A good token joined with another by a comma, as some proxies join repeated headers, is refused."""
+def test_two_tokens_joined_by_a_comma_are_refused(keys: identity.Keys) -> None:
+    """Some proxies join repeated headers with a comma."""
     for value in (f"Bearer {good()},Bearer {good()}", f"Bearer {good()}, {good()}", f"Bearer {good()},"):
         assert isinstance(identify(Snapshot(POLICY, keys), Request("GET", "/", {AUTH: value}), NOW), Refusal)
 
 
-def test_no_token_is_anonymous_or_401() -> None:
-    """The policy's anonymous tier, or `token_required`."""
+def test_a_caller_without_a_token_is_anonymous_or_gets_401() -> None:
+    """As the policy says."""
     low = anonymous(POLICY)
     assert isinstance(low, Identity)
     assert (low.tier, low.anonymous, low.subject) == (0, True, "")
@@ -759,7 +761,7 @@ ALPHABET = "ABCabc019-_.=+/ \n\xe9"
 
 @st.composite
 def mutations(draw: st.DrawFn) -> Callable[[str], str]:
-    """One to three changes: another character, one more, one less, parts exchanged, repeated or taken away."""
+    """One to three changes: a character replaced, added or removed; parts swapped, repeated or removed."""
 
     def change(token: str) -> str:
         for _ in range(draw(st.integers(1, 3))):
@@ -790,7 +792,6 @@ def mutations(draw: st.DrawFn) -> Callable[[str], str]:
 
 @given(mutations(), st.sampled_from(["ES256", "EdDSA", "RS256"]))
 def test_no_mutation_of_a_good_token_verifies(change: Callable[[str], str], alg: str) -> None:
-    """Only the token itself verifies."""
     token = good(alg)
     mutant = change(token)
     found = verify(POLICY, {ISSUER: parse_jwks(tokens.jwks("ES256", "EdDSA", "RS256")).keys}, mutant, NOW)
@@ -798,8 +799,8 @@ def test_no_mutation_of_a_good_token_verifies(change: Callable[[str], str], alg:
 
 
 @given(st.one_of(st.text(max_size=80), st.from_regex(r"[A-Za-z0-9_-]{0,40}(\.[A-Za-z0-9_-]{0,40}){0,4}")))
-def test_any_text_is_refused(text: str) -> None:
-    """No text raises, and none that is not signed verifies."""
+def test_any_unsigned_text_is_refused(text: str) -> None:
+    """It never raises."""
     assert isinstance(verify(POLICY, {}, text, NOW), Refusal)
     if text.isascii() or all(ord(c) < 256 for c in text):
         for name in (AUTH, ACCESS):
@@ -813,8 +814,8 @@ odd = st.one_of(json_values, st.sampled_from([AUDIENCE, [AUDIENCE], NOW, NOW - 1
     st.fixed_dictionaries({}, optional=dict.fromkeys(("exp", "nbf", "iat", "aud", "sub", "jti", "plan", "x"), odd)),
     st.fixed_dictionaries({}, optional=dict.fromkeys(("typ", "x5c", "cty"), odd)),
 )
-def test_signed_nonsense_is_judged_and_does_not_raise(body: dict[str, Any], head: dict[str, Any]) -> None:
-    """Whatever an issuer signs is verified or refused; what is verified keeps the rules."""
+def test_signed_nonsense_never_raises(body: dict[str, Any], head: dict[str, Any]) -> None:
+    """Whatever an issuer signs is verified or refused; what verifies follows the rules."""
     payload = {"exp": NOW + 300, "aud": AUDIENCE, "iss": ISSUER, **body}
     found = verify(
         replace(POLICY, revoked=Revoked()),
@@ -833,7 +834,7 @@ def test_signed_nonsense_is_judged_and_does_not_raise(body: dict[str, Any], head
     assert found.subject.isprintable() or not any(ord(c) < 32 for c in found.subject)
 
 
-def test_der_of_a_signature_is_what_the_table_thinks() -> None:
-    """The DER row is hostile by its form alone: its numbers are those of a good signature."""
+def test_the_der_row_of_the_table_is_a_good_signature_in_another_form() -> None:
+    """Its numbers are those of a good signature: only the form is wrong."""
     raw = unb64(parts(good())[2])
     assert decode_dss_signature(der(raw)) == (int.from_bytes(raw[:32]), int.from_bytes(raw[32:]))

@@ -1,4 +1,4 @@
-"""Key sets as issuers publish them, well and badly."""
+"""Key sets as issuers publish them, good and bad."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.harness import tokens
 
 RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
 ES256 = tokens.jwk("ES256")
-OTHER = tokens.jwk("ES384")  # stands in a set beside the entry under test, so that the set has a usable key
+OTHER = tokens.jwk("ES384")  # put beside the entry under test, so that the set has a usable key
 
 
 def parse(*entries: Any) -> tuple[Key, ...]:
@@ -40,8 +40,8 @@ def small_rsa(bits: int = 1024) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("alg", tokens.ALGORITHMS)
-def test_reads_a_key_that_verifies_what_its_owner_signed(alg: str) -> None:
-    """`material` goes into PyJWS.decode as it is, and another key's signature does not pass."""
+def test_a_key_verifies_what_its_owner_signed(alg: str) -> None:
+    """And nothing else; `material` is what PyJWS.decode takes."""
     (key,) = parse(tokens.jwk(alg))
     assert key.kid == alg
     assert key.algorithms == {alg}
@@ -61,14 +61,14 @@ def test_reads_a_key_that_verifies_what_its_owner_signed(alg: str) -> None:
         ("EdDSA", {"EdDSA"}),
     ],
 )
-def test_a_key_without_alg_may_do_what_its_type_and_curve_can(alg: str, algorithms: frozenset[str]) -> None:
-    """Type and curve bound the algorithms; `use`, `key_ops`, `kid` and `alg` may all be absent."""
+def test_a_key_without_alg_has_the_algorithms_of_its_type_and_curve(alg: str, algorithms: frozenset[str]) -> None:
+    """`use`, `key_ops`, `kid` and `alg` may all be absent."""
     (key,) = parse(tokens.jwk(alg, alg=None, use=None, kid=None))
     assert key.kid is None
     assert key.algorithms == algorithms
 
 
-def test_reads_ed448() -> None:
+def test_an_ed448_key_is_read() -> None:
     """RFC 8037 §2 has two signature curves."""
     (key,) = parse(OKPAlgorithm.to_jwk(ed448.Ed448PrivateKey.generate().public_key(), as_dict=True))
     assert key.algorithms == {"EdDSA"}
@@ -97,8 +97,8 @@ def test_reads_ed448() -> None:
         ("broken encryption key", {"kty": "RSA", "use": "enc", "n": "!", "kid": "e"}),
     ],
 )
-def test_passes_over_keys_for_another_use(name: str, entry: dict[str, Any]) -> None:
-    """They do no harm to their neighbours, and a set with nothing else is refused."""
+def test_keys_for_another_use_are_ignored(name: str, entry: dict[str, Any]) -> None:
+    """A set with no other key is refused."""
     assert [k.kid for k in parse(entry, OTHER)] == ["ES384"], name
     with pytest.raises(ValueError, match="holds no usable signature key among 1"):
         parse(entry)
@@ -137,29 +137,29 @@ def test_passes_over_keys_for_another_use(name: str, entry: dict[str, Any]) -> N
         ("short ed25519", {**tokens.jwk("EdDSA"), "x": "AAAA"}, "is not a valid OKP public key"),
     ],
 )
-def test_refuses_the_set_for_a_broken_or_weak_key(name: str, entry: Any, message: str) -> None:
-    """A key that claims our use and is no good refuses the whole set, and the message says which one."""
+def test_a_broken_or_weak_key_makes_the_set_invalid(name: str, entry: Any, message: str) -> None:
+    """If the key claims to be for signatures; the message says which key it is."""
     with pytest.raises(ValueError, match=message):
         parse(OTHER, entry)
 
 
 def test_the_same_kid_may_name_a_key_of_another_type() -> None:
-    """RFC 7517 §4.5 allows it, and the algorithm tells them apart; keys passed over do not count."""
+    """RFC 7517 §4.5 allows it, and the algorithm distinguishes them; keys for another use do not count."""
     twins = [tokens.jwk("ES256", kid="k"), tokens.jwk("RS256", kid="k"), tokens.jwk("ES256", "2", kid="k", use="enc")]
     assert [k.kid for k in parse(*twins)] == ["k", "k"]
 
 
 @pytest.mark.parametrize("member", ["d", "p", "q", "dp", "dq", "qi", "oth", "priv"])
 @pytest.mark.parametrize("alg", ["RS256", "ES256", "EdDSA"])
-def test_refuses_the_set_for_a_private_member(alg: str, member: str) -> None:
-    """Someone has published a private key: even one for another use, even with an empty value."""
+def test_a_private_member_makes_the_set_invalid(alg: str, member: str) -> None:
+    """A private key has been published, be it for another use or with an empty value."""
     for over in ({member: "c2VjcmV0"}, {member: None}, {member: "", "use": "enc"}):
         with pytest.raises(ValueError, match=f"holds the private member {member}: publish public keys only"):
             parse(OTHER, {**tokens.jwk(alg), **over})
 
 
-def test_refuses_a_real_private_key_without_telling_it() -> None:
-    """Neither the message nor its cause holds a member's value."""
+def test_a_private_key_is_refused_and_not_repeated() -> None:
+    """Neither in the message nor in its cause."""
     private = ECAlgorithm.to_jwk(tokens.private_key("ES256"), as_dict=True)
     with pytest.raises(ValueError, match="private member d") as caught:
         parse(private)
@@ -185,18 +185,18 @@ def test_refuses_a_real_private_key_without_telling_it() -> None:
         ("too many", json.dumps({"keys": [{"kty": "oct"}] * 101}).encode(), "holds 101 keys, at most 100"),
     ],
 )
-def test_refuses_what_is_no_key_set(name: str, data: bytes, message: str) -> None:
+def test_anything_but_a_key_set_is_refused(name: str, data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_jwks(data).keys
 
 
-def test_takes_as_many_keys_as_it_says() -> None:
+def test_a_set_may_have_max_keys_keys() -> None:
     keys = parse(*({**ES256, "kid": str(n)} for n in range(MAX_KEYS)))
     assert [k.kid for k in keys] == [str(n) for n in range(MAX_KEYS)]
 
 
 def test_a_hostile_kid_stays_on_one_short_line() -> None:
-    """Messages go to logs as they are."""
+    """Messages are logged as they are."""
     with pytest.raises(ValueError, match="kty is not a string") as caught:
         parse({"kty": 1, "kid": "a\n\x1b[31m\u2028\ud800" + "x" * 10_000})
     assert str(caught.value).isprintable()
@@ -216,7 +216,7 @@ def test_any_bytes_give_keys_or_a_value_error(data: bytes) -> None:
     | st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
 )  # fmt: skip
 def test_any_change_to_a_key_gives_keys_or_a_value_error(alg: str, member: str, value: Any) -> None:
-    """A key that is still read stays within the algorithms of its type and curve."""
+    """A key that is still accepted keeps to the algorithms of its type and curve."""
     outcome = outcome_of(json.dumps({"keys": [{**tokens.jwk(alg), member: value}]}).encode())
     if isinstance(outcome, str):
         assert outcome.isprintable()
@@ -237,8 +237,8 @@ def test_any_change_to_a_key_gives_keys_or_a_value_error(alg: str, member: str, 
     ],
 )
 @pytest.mark.parametrize("newline", [b"", b"\n", b"\r\n"])
-def test_a_secret_may_do_what_its_length_allows(size: int, algorithms: set[str], newline: bytes) -> None:
-    """RFC 7518 §3.2; one newline at the end is the editor's."""
+def test_a_secret_has_the_algorithms_that_its_length_allows(size: int, algorithms: set[str], newline: bytes) -> None:
+    """RFC 7518 §3.2; one newline at the end comes from an editor."""
     key = secret_key(b"s" * size + newline)
     assert key.kid is None
     assert key.algorithms == algorithms
@@ -251,15 +251,15 @@ def test_a_secret_keeps_every_byte_but_one_newline() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"short", b"s" * 31, b"s" * 31 + b"\n"])
-def test_refuses_a_short_secret(data: bytes) -> None:
+def test_a_short_secret_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="at least 32 are needed") as caught:
         secret_key(data)
     assert "sss" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["pem", "jwk", "jwks", "der"])
-def test_refuses_a_public_key_as_a_secret(kind: str) -> None:
-    """Whoever knows it could sign: the classic confusion of HS256 with RS256."""
+def test_a_public_key_is_refused_as_a_secret(kind: str) -> None:
+    """Anyone who knows it could sign: the classic confusion of HS256 with RS256."""
     public: ec.EllipticCurvePublicKey = tokens.private_key("ES256").public_key()
     data = {
         "pem": public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
@@ -276,7 +276,7 @@ def test_refuses_a_public_key_as_a_secret(kind: str) -> None:
 
 @pytest.mark.parametrize("alg", [*tokens.ALGORITHMS, "HS256"])
 def test_a_key_as_text_is_the_same_key(alg: str) -> None:
-    """Its name, even a hostile one, what it may verify, and what it verifies with."""
+    """With its name, even a hostile one, its algorithms and its material."""
     kid = "\ud800\n" if alg == "ES256" else None
     published = {} if alg == "HS256" else {"keys": [tokens.jwk(alg, kid=kid)]}
     found = secret_key(bytes(range(40))) if alg == "HS256" else parse_jwks(json.dumps(published).encode()).keys[0]
@@ -287,13 +287,13 @@ def test_a_key_as_text_is_the_same_key(alg: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[null, ["ES256"], false, "x"]', '[null, ["ES256"], false, 1]'])
-def test_another_text_is_no_key(text: str) -> None:
+def test_any_other_text_is_refused_as_a_key(text: str) -> None:
     with pytest.raises(ValueError, match="is not a key"):
         key_of_text(text)
 
 
-def test_the_hostile_tokens_are_as_hostile_as_they_say() -> None:
-    """The token workshop of these tests: an unused bit changes the text and not the bytes."""
+def test_the_harness_makes_tokens_as_hostile_as_it_says() -> None:
+    """`tests.harness.tokens`: an unused bit changes the text of a part, not its bytes."""
     part = tokens.b64(b'{"a":1} ')
     twisted = tokens.with_unused_bit(part)
     padded = [urlsafe_b64decode(p + "=" * (-len(p) % 4)) for p in (part, twisted)]

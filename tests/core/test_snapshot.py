@@ -16,7 +16,7 @@ from tests.harness.authorization import load_policy
 
 
 def test_large_entries_evict_more_than_small_ones(tmp_path: Path) -> None:
-    """Anybody can name all experts in ever new orders: a cache is bounded by the size of its entries, not their number."""
+    """Anyone can name all experts in ever new orders, so a cache is bounded by the size of its entries."""
     names = [f"e{n:02d}" for n in range(gate.MAX_NAMES)]
     experts = "".join(f"  {n}: {{tier: low, endpoints: ['127.0.0.1:1']}}\n" for n in names)
     policy = load_policy(tmp_path, ("experts:\n", f"experts:\n{experts}"))

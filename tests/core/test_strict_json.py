@@ -1,4 +1,4 @@
-"""JSON that cannot mean two things."""
+"""JSON that has only one meaning."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ GOOD: list[tuple[str, bytes, Any]] = [
 
 
 @pytest.mark.parametrize(("data", "value"), [row[1:] for row in GOOD], ids=[row[0] for row in GOOD])
-def test_reads_strict_json(data: bytes, value: Any) -> None:
-    """What is JSON by RFC 8259 and has one meaning is read as Python's json reads it."""
+def test_strict_json_is_read_as_python_reads_it(data: bytes, value: Any) -> None:
+    """JSON by RFC 8259 that has one meaning."""
     assert loads(data) == value
 
 
@@ -76,8 +76,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("data", "error"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_refuses_what_is_not(data: bytes, error: str) -> None:
-    """ValueError of one short line says what is wrong."""
+def test_anything_else_is_a_value_error(data: bytes, error: str) -> None:
+    """In one short line that says what is wrong."""
     with pytest.raises(ValueError, match=error) as raised:
         loads(data)
     assert "\n" not in str(raised.value)
@@ -87,7 +87,7 @@ def test_refuses_what_is_not(data: bytes, error: str) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 16, 32])
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")], ids=["lists", "objects"])
 def test_the_depth_bound_is_exact(opening: bytes, closing: bytes, depth: int) -> None:
-    """`max_depth` levels are read, one more is refused."""
+    """`max_depth` levels are read, and one more is refused."""
 
     def nested(levels: int) -> bytes:
         return opening * levels + b"1" + closing * levels
@@ -99,8 +99,8 @@ def test_the_depth_bound_is_exact(opening: bytes, closing: bytes, depth: int) ->
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
 @example(b"\xef\xbb\xbf")
-def test_raises_nothing_but_value_error(data: bytes) -> None:
-    """Any bytes give a value or a ValueError; what is accepted, Python's json accepts with the same value."""
+def test_any_bytes_give_a_value_or_a_value_error(data: bytes) -> None:
+    """And what is accepted has the value that Python's json reads."""
     try:
         value = loads(data)
     except ValueError:
@@ -142,7 +142,7 @@ TEXTS = st.recursive(
 @example('{"a":1,"a":1}')
 @example('{"a":{"a":1},"b":[{"a":1}]}')
 def test_a_text_means_the_same_with_a_blank_before_it(text: str) -> None:
-    """Texts without white space have a way of their own through `loads`."""
+    """`loads` reads texts without white space in another way."""
 
     def outcome(data: bytes) -> str:
         try:
@@ -155,12 +155,12 @@ def test_a_text_means_the_same_with_a_blank_before_it(text: str) -> None:
 
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=12, max_size=40), st.integers(0, 6))
 def test_errors_do_not_quote_the_text(secret: str, kind: int) -> None:
-    """A text may be a token's claims: no error repeats it."""
+    """It may be the claims of a token."""
     quoted = json.dumps(secret)
     broken = [
         f"{{{quoted}: 1, {quoted}: 2}}", f"[{quoted}", f"{quoted} {quoted}", f"{{{quoted}}}",
         f"[{quoted}, NaN]", f"[1e999, {quoted}]", "[" * 17 + quoted + "]" * 17,
     ]  # fmt: skip
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is what is looked at
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is checked below
         loads(broken[kind].encode())
     assert secret not in str(raised.value)

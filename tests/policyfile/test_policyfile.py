@@ -1,3 +1,5 @@
+"""The policy file: every mistake with its place, what a good file means, its schema and its documentation."""
+
 from __future__ import annotations
 
 import json
@@ -32,7 +34,7 @@ ISSUER = {"issuer": "https://idp.example.com/", "audiences": ["moe"], "algorithm
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the key files that the policies of these tests name."""
+    """A folder with the key files that these tests' policies name."""
     directory = tmp_path_factory.mktemp("keys")
     write_keys(directory)
     (directory / "not-json.json").write_text("keys: []")
@@ -42,7 +44,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mistakes(source: str | bytes, base: Path = Path()) -> list[str]:
-    """The lines of the error that `source` gives, less the name of the file; no line if it is good."""
+    """The lines of the error in `source`, without the file's name; no lines if it is good."""
     try:
         parse_policy(source, base=base)
     except PolicyError as e:
@@ -267,19 +269,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
-def test_a_mistake_is_told_with_its_place(name: str, keys: Path) -> None:
-    """Each fixture holds the mistake of its name; the message says where, what was found, what was expected."""
+def test_a_mistake_is_reported_with_its_place(name: str, keys: Path) -> None:
+    """Each fixture contains the mistake of its name; the message says what was found and what was expected."""
     assert mistakes((FIXTURES / f"{name}.yaml").read_bytes(), keys) == BROKEN[name].splitlines()
 
 
 def test_every_fixture_is_in_the_table() -> None:
-    """A fixture that no row names is tested by nothing."""
+    """Otherwise nothing would test it."""
     assert {path.stem for path in FIXTURES.iterdir()} == set(BROKEN)
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
-def test_messages_keep_to_one_style(name: str) -> None:
-    """Lower case, no final period, no more than a line."""
+def test_messages_follow_one_style(name: str) -> None:
+    """Lower case, no final period, one line."""
     for line in BROKEN[name].splitlines():
         _, _, message = line.split(": ", 1)[1].rpartition(": ") if line.count(": ") > 1 else ("", "", line)
         assert not message.endswith(".")
@@ -312,13 +314,13 @@ HOSTILE: dict[str, tuple[Callable[[], str | bytes], str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused(name: str) -> None:
-    """What is too big, too deep or too clever is one more mistake: no RecursionError, no lasting work."""
+    """Too big, too deep, too clever: each is a mistake like any other, without RecursionError or long work."""
     make, expected = HOSTILE[name]
     assert expected in mistakes(make())
 
 
-def test_a_flood_of_mistakes_is_cut() -> None:
-    """A hundred are listed; the last line says that there are more."""
+def test_a_flood_of_mistakes_is_shortened() -> None:
+    """Of many, a hundred are listed; the last line says that there are more."""
     experts = {f"E{i}": {"tier": "lwo", "endpoints": ["e:1"], "downgrade_to": ["nobody"]} for i in range(5000)}
     found = mistakes(text(experts=experts))
     assert len(found) == policy_source.MAX_MISTAKES + 1
@@ -327,7 +329,6 @@ def test_a_flood_of_mistakes_is_cut() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_a_policy_error(tmp_path: Path) -> None:
-    """`load` raises nothing else."""
     missing = tmp_path / "policy.yaml"
     with pytest.raises(PolicyError, match=re.escape(f"{missing}:1:1: cannot be read: No such file or directory")):
         load_policy(missing)
@@ -336,7 +337,7 @@ def test_a_file_that_cannot_be_read_is_a_policy_error(tmp_path: Path) -> None:
 
 
 def test_input_in_a_message_cannot_break_its_line() -> None:
-    """A log shows one line per mistake, whatever the file holds."""
+    """A log shows one line per mistake, whatever is in the file."""
     [line] = mistakes(text(**{"a\nb\u202e\u0007": 1}))
     assert line == "37:2: a\\nb\\u202e\\x07: unknown key"
 
@@ -344,8 +345,8 @@ def test_input_in_a_message_cannot_break_its_line() -> None:
 # ---- good files ------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_policy(keys: Path) -> None:
-    """Every part of the file arrives in the compiled policy."""
+def test_the_demo_policy_loads(keys: Path) -> None:
+    """With every part of the file."""
     source = DEMO.format(
         issuer="https://idp.example.com/",
         audience="moe",
@@ -378,8 +379,8 @@ def test_the_demo_policy(keys: Path) -> None:
     assert warnings(found) == []
 
 
-def test_the_smallest_policy() -> None:
-    """What is left out is closed, or its default."""
+def test_the_smallest_policy_loads() -> None:
+    """And what is left out is closed by default."""
     found = parse_policy("version: 1\ntiers: [only]\nexperts:\n  My_Expert: {tier: only, endpoints: [e:1]}\n")
     assert found.anonymous is None
     assert found.gate == (GateRule("/", exact=False, source=Header("x-expert-names")),)
@@ -403,7 +404,7 @@ def test_the_smallest_policy() -> None:
     ],
 )
 def test_a_condition_on_a_header_that_is_never_there_is_refused(allow: str, header: str | None) -> None:
-    """It would hold, or not hold, whatever the client sends."""
+    """It would be true, or false, whatever the client sends."""
     experts = {"A": {"tier": "low", "endpoints": ["a:1"], "allow": allow}}
     if header is None:
         assert policy(experts=experts).reads_request
@@ -421,14 +422,16 @@ def test_a_condition_on_a_header_that_is_never_there_is_refused(allow: str, head
         ('claims.plan == "x"', 'claims[request.method] == "y"', None),
     ],
 )
-def test_the_claims_that_conditions_read(when: str, allow: str | None, read: set[str] | None) -> None:
-    """Of all of them together; any claim if only one condition may read any."""
+def test_a_policy_knows_the_claims_that_its_conditions_read(
+    when: str, allow: str | None, read: set[str] | None
+) -> None:
+    """Together; None, for any claim, if a single condition may read any."""
     entry = {"tier": "low", "endpoints": ["a:1"], **({"allow": allow} if allow else {})}
     assert policy(experts={"A": entry}, clearance=[{"when": when, "tier": "low"}]).claims_read == read
 
 
-def test_every_key_of_an_expert() -> None:
-    """The traffic keys stand on the expert itself."""
+def test_every_key_of_an_expert_has_its_effect() -> None:
+    """The traffic keys are keys of the expert itself."""
     entry = {
         "tier": "high", "cluster": "c1", "endpoints": ["c:1"], "weight": 1000, "downgrade_to": ["A"],
         "allow": 'request.method == "GET"', "max_requests": 1, "max_pending": 2, "timeout": 0,
@@ -450,8 +453,8 @@ def test_every_key_of_an_expert() -> None:
     assert checked.experts["A"].traffic == Traffic(health=Health("/healthz", 2.0), outlier=None)
 
 
-def test_every_key_of_an_issuer(keys: Path) -> None:
-    """Keys by URL, by file and as a secret; paths are relative to the policy's folder, and absolute once compiled."""
+def test_every_key_of_an_issuer_has_its_effect(keys: Path) -> None:
+    """Keys by URL, by file and as a secret; relative paths start at the policy's folder."""
     remote = {"url": "https://idp.example.com/j", "refresh": "10s", "ca_file": "/etc/ca.pem", "bearer_token_file": "t"}
     found = policy(
         base=keys,
@@ -469,8 +472,8 @@ def test_every_key_of_an_issuer(keys: Path) -> None:
     assert found.issuers["shared"].jwks is None
 
 
-def test_revoked_and_log_claims() -> None:
-    """A time may be unquoted: YAML would make it a date of its own."""
+def test_revocations_and_logged_claims_are_read() -> None:
+    """A time may be unquoted, though YAML has a type for it."""
     found = parse_policy(
         text(log_claims=["org"])[:-2] + ',\n "revoked": {jti: [j1], sub: [s1], issued_before: 2030-01-31T12:00:00Z}}'
     )
@@ -481,20 +484,20 @@ def test_revoked_and_log_claims() -> None:
     assert policy(revoked={"issued_before": None}).revoked.issued_before is None
 
 
-def test_a_target_cluster_is_asked_for_where_envoy_keeps_it() -> None:
-    """The client's own `x-target-cluster` is what Envoy has moved to `x-requested-cluster`."""
+def test_a_gate_on_x_target_cluster_reads_where_envoy_keeps_it() -> None:
+    """Envoy moves the client's own `x-target-cluster` to `x-requested-cluster`."""
     [rule] = policy(gate=[{"prefix": "/", "header": "x-target-cluster"}]).gate
     assert rule.source == Header("x-requested-cluster")
 
 
-def test_more_special_gate_rules_come_first() -> None:
-    """An exact path, a longer prefix, then the rest; an exact path hides only itself."""
+def test_a_gate_may_go_from_special_rules_to_general_ones() -> None:
+    """An exact path, a longer prefix, then the rest; an exact path covers only itself."""
     rules = [{"path": "/v1"}, {"prefix": "/v1/chat"}, {"prefix": "/v1"}, {"prefix": "/"}]
     assert len(policy(gate=[rule | {"default": ["A"]} for rule in rules]).gate) == 4
 
 
 def test_a_policy_cannot_be_changed() -> None:
-    """Mappings are frozen, too: one snapshot serves many requests."""
+    """Nor can its mappings: one snapshot serves many requests."""
     found = policy()
     for mapping in (found.experts, found.clusters, found.issuers):
         with pytest.raises(TypeError):
@@ -502,19 +505,19 @@ def test_a_policy_cannot_be_changed() -> None:
 
 
 def test_the_digest_is_that_of_sha256sum() -> None:
-    """Operators can compare a running policy with a file."""
+    """So an operator can compare the policy in force with a file."""
     source = b"version: 1\ntiers: [low]\nexperts: {A: {tier: low, endpoints: [a:1]}}\n"
     assert parse_policy(source).digest == parse_policy(source.decode()).digest == "9e33020516ef"
 
 
-def test_windows_line_ends_and_comments() -> None:
-    """Line breaks do not change what is said, nor where."""
+def test_windows_line_ends_and_comments_do_not_change_the_meaning() -> None:
+    """Nor the line numbers."""
     source = "# policy\nversion: 1\ntiers: [low]\n\nexperts:\n  A: {tier: low, endpoints: [a:1]}  # the one\n"
     assert parse_policy(source.replace("\n", "\r\n")).experts["A"].line == parse_policy(source).experts["A"].line == 6
 
 
-def test_ten_thousand_experts() -> None:
-    """The limits are those of real fleets, and places stay right to the last line."""
+def test_ten_thousand_experts_load() -> None:
+    """And one more is a mistake; line numbers are right to the last line."""
     lines = ["version: 1", "tiers: [low, high]", "clearance:"]
     lines += [f"  - {{when: 'claims.plan == \"p{i}\"', tier: high}}" for i in range(1000)]
     lines += ["experts:"]
@@ -535,23 +538,22 @@ def test_ten_thousand_experts() -> None:
     ("written", "seconds"),
     [("0", 0.0), (0, 0.0), ("200ms", 0.2), ("0s", 0.0), ("30s", 30.0), ("5m", 300.0), ("1h", 3600.0)],
 )
-def test_durations(written: object, seconds: float) -> None:
-    """A number and a unit, or 0."""
+def test_a_duration_is_a_number_and_a_unit_or_0(written: object, seconds: float) -> None:
     assert policy_values.duration(written, 0, 3600) == seconds
 
 
 @pytest.mark.parametrize(
     "written", ["", "s", "1", "-1s", "1.5s", "1m30s", "1d", " 1s", "1s\n", "1 s", "\u0661s", 1, 0.0, False, None]
 )
-def test_other_durations(written: object) -> None:
-    """No unit, no sign, no fraction, no sum."""
+def test_any_other_duration_is_refused(written: object) -> None:
+    """A missing unit, a sign, a fraction, a sum."""
     with pytest.raises(ValueError, match="expected a duration"):
         policy_values.duration(written, 0, 3600)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.2, 1.0, 90.0, 300.0, 3600.0, 5400.0, 86400.0])
 def test_a_spelled_duration_reads_back(seconds: float) -> None:
-    """What a message offers is what the file accepts."""
+    """What a message suggests is accepted in a file."""
     assert policy_values.duration(policy_values.spelled(seconds), 0, 86400) == seconds
 
 
@@ -566,8 +568,8 @@ def test_a_spelled_duration_reads_back(seconds: float) -> None:
         ("a:08001", "a", 8001),
     ],
 )
-def test_endpoints(written: str, host: str, port: int) -> None:
-    """An address or a name, as Envoy takes it."""
+def test_an_endpoint_is_an_address_or_a_name_and_a_port(written: str, host: str, port: int) -> None:
+    """As Envoy takes it."""
     assert policy_values.endpoint(written) == Endpoint(host, port)
     assert policy_values.endpoint(policy_values.address(Endpoint(host, port))) == Endpoint(host, port)
 
@@ -580,8 +582,8 @@ def test_endpoints(written: str, host: str, port: int) -> None:
         "http://a:1", "a" * 64 + ":1", "a." * 127 + "b:1", "a:\u0661", 8001, None,
     ],
 )  # fmt: skip
-def test_other_endpoints(written: object) -> None:
-    """Nothing that Envoy would look up in vain, and nothing with two readings."""
+def test_any_other_endpoint_is_refused(written: object) -> None:
+    """What Envoy would look up in vain, and what could be read in two ways."""
     with pytest.raises(ValueError, match="expected `host:port`"):
         policy_values.endpoint(written)
 
@@ -596,8 +598,7 @@ def test_other_endpoints(written: object) -> None:
         (None, None),
     ],
 )
-def test_times(written: str | None, seconds: float | None) -> None:
-    """RFC 3339, always with its offset."""
+def test_a_time_is_rfc_3339_with_an_offset(written: str | None, seconds: float | None) -> None:
     assert policy_values.instant(written) == seconds
 
 
@@ -613,8 +614,8 @@ def test_times(written: str | None, seconds: float | None) -> None:
         0,
     ],
 )
-def test_other_times(written: object) -> None:
-    """A time without an offset has as many meanings as there are places."""
+def test_any_other_time_is_refused(written: object) -> None:
+    """Without an offset, a time is ambiguous."""
     with pytest.raises(ValueError, match="expected an RFC 3339 time"):
         policy_values.instant(written)
 
@@ -631,8 +632,8 @@ def test_other_times(written: object) -> None:
         ("/experts/0", ("experts", "0")),
     ],
 )
-def test_json_pointers(pointer: str, tokens: tuple[str, ...]) -> None:
-    """RFC 6901 §3 and §4."""
+def test_a_json_pointer_is_split_into_its_tokens(pointer: str, tokens: tuple[str, ...]) -> None:
+    """By RFC 6901 §3 and §4."""
     [rule] = policy(gate=[{"prefix": "/", "json": pointer}]).gate
     assert rule.source == Body(tokens)
 
@@ -650,28 +651,28 @@ def test_json_pointers(pointer: str, tokens: tuple[str, ...]) -> None:
         "ftp://h/j",
     ],
 )
-def test_other_jwks_urls(url: str) -> None:
-    """Keys come from a place that proves who it is."""
+def test_a_jwks_url_without_https_or_a_host_is_refused(url: str) -> None:
+    """Keys must come from a server that proves its identity."""
     [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": url}}]))
     assert "issuers[0].jwks.url: found `" in line
 
 
 def test_a_password_in_a_url_is_not_repeated() -> None:
-    """Messages go to logs."""
+    """Messages are logged."""
     for url in ("https://me:hunter2@h/j", "http://hunter2@h/j", "https://me:hunter2@h:x/j"):
         [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": url}}]))
         assert "hunter2" not in line
 
 
 def test_a_url_that_could_not_be_fetched_is_refused() -> None:
-    """Python's two URL parsers read another host in it, and the key store's would never load it."""
+    """Python's two URL parsers find different hosts in it, and the key store's would never load it."""
     [line] = mistakes(text(issuers=[ISSUER | {"jwks": {"url": "https://a\\b/j"}}]))
     assert "expected only characters that RFC 3986 allows in a URL" in line
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "llama3:8b", "meta-llama/Llama-3.1-8B", "A_1", "0", "x" * 64])
-def test_expert_names(name: str) -> None:
-    """The names that models have."""
+def test_an_expert_may_have_a_models_name(name: str) -> None:
+    """Names of real models among them."""
     entry = {"tier": "low", "cluster": "c", "endpoints": ["c:1"]}
     assert policy(experts={name: entry}).clusters == {"c": name}
 
@@ -679,8 +680,8 @@ def test_expert_names(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", " ", "a b", "a,b", "a;w=2", "a~b", 'a"b', "a'b", "é", "-a", "/a", "a\n", "x" * 65]
 )
-def test_other_expert_names(name: str) -> None:
-    """Nothing that a header's list of names could take for something else."""
+def test_any_other_expert_name_is_refused(name: str) -> None:
+    """What a header's list of names could confuse with something else."""
     entry = {"tier": "low", "cluster": "c", "endpoints": ["c:1"]}
     assert len(mistakes(text(experts={name: entry}))) == 1
 
@@ -740,13 +741,15 @@ WARNINGS: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "expected"), WARNINGS, ids=[w[0] for w in WARNINGS])
-def test_warnings(name: str, overrides: dict[str, Any], expected: list[str]) -> None:
-    """Only what is certain: a policy that means what it says has none."""
+def test_a_policy_that_cannot_mean_what_it_says_gets_a_warning(
+    name: str, overrides: dict[str, Any], expected: list[str]
+) -> None:
+    """Only about what is certain."""
     assert warnings(policy(**overrides)) == expected
 
 
-def test_warnings_about_many_experts_are_cut() -> None:
-    """Ten lines say enough."""
+def test_warnings_about_many_experts_are_shortened() -> None:
+    """Ten experts are named, the rest are counted."""
     experts = {"A": LOW} | {f"C{i}": HIGH | {"cluster": f"c{i}"} for i in range(500)}
     found = warnings(policy(anonymous="low", clearance=[], experts=experts))
     assert len(found) == 11
@@ -754,7 +757,7 @@ def test_warnings_about_many_experts_are_cut() -> None:
 
 
 def test_dropped_experts_are_named() -> None:
-    """A reload that takes experts away says which."""
+    """When a reload removes experts."""
     old, new = policy(), policy(experts={"A": LOW})
     assert dropped(old, new) == [
         "expert `B` is gone; a request that names it is now `unknown_expert`",
@@ -765,7 +768,7 @@ def test_dropped_experts_are_named() -> None:
 
 # ---- the format for editors, and in words ----------------------------------------------------------------------------
 
-# What JSON Schema cannot say: how a text parses, what refers to what, and what is a mistake of YAML, not of the data.
+# What JSON Schema cannot express: how a text parses, what refers to what, and mistakes of YAML rather than of data.
 BEYOND_SCHEMA = (
     "algorithm_es_with_secret", "algorithm_hs_with_jwks", "clearance_reads_request", "cluster_not_derivable",
     "cluster_of_other_name", "cluster_reserved", "cluster_twice", "condition_", "downgrade_to_itself",
@@ -784,14 +787,14 @@ YAML_ONLY = (
 )  # fmt: skip
 
 
-def test_the_schema_is_a_schema() -> None:
-    """Draft 2020-12, and no key without a description or a plain type."""
+def test_the_schema_is_valid_json_schema() -> None:
+    """Of draft 2020-12."""
     jsonschema.Draft202012Validator.check_schema(json_schema())
     assert json_schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
-def test_the_defaults_of_the_schema_are_values_of_the_format() -> None:
-    """What an editor offers can be left as it is."""
+def test_the_defaults_of_the_schema_are_valid() -> None:
+    """What an editor inserts is valid."""
     schema = json_schema()
     for form in (schema, *schema["$defs"].values()):
         for entry in form["properties"].values():
@@ -800,7 +803,7 @@ def test_the_defaults_of_the_schema_are_values_of_the_format() -> None:
 
 
 def test_the_schema_accepts_what_the_parser_accepts(keys: Path) -> None:
-    """An editor must not underline a good file."""
+    """So an editor does not underline a good file."""
     validator = jsonschema.Draft202012Validator(json_schema())
     demo = DEMO.format(issuer="i", audience="moe", jwks="jwks.json", a="a:1", b="b:2", c="c:4")
     for source in (text(), demo, text(leeway=0, issuers=[REMOTE], revoked={"jti": ["j", "j"], "issued_before": None})):
@@ -809,7 +812,7 @@ def test_the_schema_accepts_what_the_parser_accepts(keys: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
 def test_the_schema_refuses_what_it_can(name: str) -> None:
-    """An editor underlines every mistake of shape."""
+    """So an editor underlines every mistake of form."""
     try:
         data = yaml.safe_load((FIXTURES / f"{name}.yaml").read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -820,16 +823,16 @@ def test_the_schema_refuses_what_it_can(name: str) -> None:
 
 
 def test_the_documentation_is_right(keys: Path) -> None:
-    """Its YAML loads as it stands, its messages are real ones, and its tables have every key with its default."""
+    """Its YAML loads, its messages are real ones, and its tables have every key with its default."""
     words = DOCS.read_text()
     shown = re.findall(r"```(yaml|text)\n(.*?)```", words, re.DOTALL)
     assert {language for language, _ in shown} == {"yaml", "text"}
-    told = {f"policy.yaml:{line}" for lines in BROKEN.values() for line in lines.splitlines()}
+    real = {f"policy.yaml:{line}" for lines in BROKEN.values() for line in lines.splitlines()}
     for language, block in shown:
         if language == "yaml":
             assert mistakes(block, keys) == []
         else:
-            assert told.issuperset(block.splitlines())
+            assert real.issuperset(block.splitlines())
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (?:`([^|]*)`)?", words, re.MULTILINE)
     forms = json_schema()["$defs"] | {"File": json_schema()}
     for form in forms.values():
@@ -846,21 +849,21 @@ _LINE = re.compile(r"policy\.yaml:(\d+):(\d+): (.+)")
 
 
 def refused_or_loaded(source: str | bytes) -> Policy | None:
-    """The policy, or None after the error has been found to point into the text, line by line."""
+    """The policy; or None, after checking that each line of the error points into the text."""
     try:
         return parse_policy(source)
     except PolicyError as e:
         data = source if isinstance(source, bytes) else source.encode("utf-8", "surrogatepass")
         lines = data.decode("utf-8", "replace").split("\n")
-        outside = [told for told in str(e).split("\n") if not points_inside(told, lines)]
+        outside = [mistake for mistake in str(e).split("\n") if not points_inside(mistake, lines)]
     assert outside == []
     return None
 
 
-def points_inside(told: str, lines: list[str]) -> bool:
-    """Whether one line of an error is well-formed, and points to a place that the text has."""
-    found = _LINE.fullmatch(told)
-    if not found or not told.isprintable():
+def points_inside(mistake: str, lines: list[str]) -> bool:
+    """Whether a line of an error is well-formed and points into the text."""
+    found = _LINE.fullmatch(mistake)
+    if not found or not mistake.isprintable():
         return False
     line, column = int(found[1]), int(found[2])
     return 1 <= line <= len(lines) and 1 <= column <= len(lines[line - 1]) + 1
@@ -875,8 +878,8 @@ def points_inside(told: str, lines: list[str]) -> bool:
 @example(b"---")
 @example(b"a: 0x_")
 @example(b"- - - &a\n  *a")
-def test_any_bytes_are_refused_in_words(source: bytes) -> None:
-    """Nothing but PolicyError comes out, and each of its lines points inside the text."""
+def test_any_bytes_load_or_are_refused(source: bytes) -> None:
+    """With nothing but PolicyError, each of whose lines points into the text."""
     refused_or_loaded(source)
 
 
@@ -890,8 +893,8 @@ _DATA = st.recursive(_SCALARS, lambda d: st.lists(d, max_size=4) | st.dictionari
 
 @SLOW
 @given(_DATA)
-def test_any_yaml_is_refused_in_words(data: object) -> None:
-    """So it is for any structure that YAML can say, written as PyYAML writes it."""
+def test_any_yaml_loads_or_is_refused(data: object) -> None:
+    """Any structure that YAML can express, as PyYAML writes it."""
     refused_or_loaded(yaml.safe_dump(data, allow_unicode=True))
 
 
@@ -909,8 +912,8 @@ RICH: dict[str, Any] = SMALL | {
 
 @SLOW
 @given(st.data())
-def test_a_good_policy_with_any_part_replaced(data: st.DataObject) -> None:
-    """A mistake in one place never turns into anything but a mistake."""
+def test_a_good_policy_with_any_part_replaced_loads_or_is_refused(data: st.DataObject) -> None:
+    """A mistake in one place causes nothing but PolicyError."""
     whole = json.loads(json.dumps(RICH))
     assert refused_or_loaded(json.dumps(whole)) is not None
     inner: Any = whole
@@ -928,8 +931,8 @@ def test_a_good_policy_with_any_part_replaced(data: st.DataObject) -> None:
 
 @SLOW
 @given(st.data())
-def test_a_good_policy_with_any_text_put_in(data: st.DataObject) -> None:
-    """Nor does a slip of the hand in the text."""
+def test_a_good_policy_with_any_text_inserted_loads_or_is_refused(data: st.DataObject) -> None:
+    """A typo causes nothing but PolicyError."""
     source = DEMO.format(issuer="i", audience="m", jwks="no-such-file", a="a:1", b="b:2", c="c:4")
     start = data.draw(st.integers(0, len(source)))
     end = data.draw(st.integers(start, min(len(source), start + 5)))
@@ -949,7 +952,7 @@ _NAMES = st.lists(
 
 @st.composite
 def good(draw: st.DrawFn) -> dict[str, Any]:
-    """The data of a policy without a mistake."""
+    """The data of a policy without mistakes."""
     tiers, names = draw(_TIERS), draw(_NAMES)
     level = {name: draw(st.integers(0, len(tiers) - 1)) for name in names}
     experts = {}
@@ -981,7 +984,7 @@ def good(draw: st.DrawFn) -> dict[str, Any]:
 @SLOW
 @given(good(), st.booleans())
 def test_a_generated_policy_loads(data: dict[str, Any], as_json: bool) -> None:
-    """Every good policy loads, from block style and from JSON, and says what it said; so does its schema."""
+    """From block style and from JSON, with what was written; the schema accepts it, too."""
     found = refused_or_loaded(json.dumps(data) if as_json else yaml.dump(data, Dumper=_Plain))
     assert found is not None
     assert list(found.tiers) == data["tiers"]

@@ -1,4 +1,4 @@
-"""The largest policy there may be decides as a small one does."""
+"""The largest allowed policy decides as a small one does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GET = Request("GET", "/", {})
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """Odd experts are high and fall back on the one before; rule n gives plan n the high tier if n is odd."""
+    """Experts with odd numbers are high, the others low; so are the tiers that the rules give to plans by number."""
     lines = ["version: 1", "tiers: [low, high]", "anonymous: low", "clearance:"]
     lines += [f"  - {{when: 'claims.plan == {n}', tier: {'high' if n % 2 else 'low'}}}" for n in range(MAX_CLEARANCE)]
     lines += ["experts:"]
@@ -27,19 +27,19 @@ def policy() -> Policy:
 
 
 @pytest.mark.parametrize("plan", [0, 1, MAX_CLEARANCE - 2, MAX_CLEARANCE - 1, MAX_CLEARANCE])
-def test_the_first_rule_that_holds_counts(policy: Policy, plan: int) -> None:
-    """The first and the last of the rules, and none."""
+def test_the_first_clearance_rule_that_holds_counts(policy: Policy, plan: int) -> None:
+    """The first and last rules, and none."""
     assert clearance(policy, {"plan": plan}) == (plan % 2 if plan < MAX_CLEARANCE else 0, ())
 
 
 @pytest.mark.parametrize("n", [1, 4_999, MAX_EXPERTS - 1])
 def test_each_expert_is_found(policy: Policy, n: int) -> None:
-    """By a caller who may have it, and by one who gets the lesser."""
+    """By a caller who is permitted it, and by one who gets the downgrade."""
     high, low = (decide(policy, Identity(tier), [f"E{n}"], GET) for tier in (1, 0))
     assert (high.verdict, high.serve) == (Verdict.ALLOW, (f"E{n}",))
     assert (low.verdict, low.reason, low.serve) == (Verdict.DOWNGRADE, Reason.TIER_TOO_LOW, (f"E{n - 1}",))
 
 
-def test_no_other_is(policy: Policy) -> None:
-    """One past the last is unknown."""
+def test_no_other_expert_is_found(policy: Policy) -> None:
+    """The one after the last."""
     assert decide(policy, Identity(1), [f"E{MAX_EXPERTS}"], GET).reason is Reason.UNKNOWN_EXPERT

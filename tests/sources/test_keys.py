@@ -39,7 +39,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def run(test: Coroutine[Any, Any, None], **options: Any) -> None:
-    """Run a test; no task may be left when it ends."""
+    """Run a test. No task may be left when it ends."""
 
     async def main() -> None:
         await test
@@ -69,6 +69,16 @@ class Idp:
         return await self.answer(request) if self.answer else web.Response(body=self.body)
 
 
+def delayed(go: asyncio.Event) -> Answer:
+    """The new keys, once `go` is set."""
+
+    async def answer(_: web.Request) -> web.StreamResponse:
+        await go.wait()
+        return web.Response(body=NEW)
+
+    return answer
+
+
 @asynccontextmanager
 async def serving(body: bytes = OLD, tls: ssl.SSLContext | None = None) -> AsyncIterator[Idp]:
     idp = Idp(body)
@@ -88,7 +98,7 @@ class Clock:
 
 
 class Watched(KeyStore):
-    """A store that notes the kids at each change, and whose clock stands still until told."""
+    """A store that records the kids at each change, and whose clock is moved by the test."""
 
     def __init__(self, **pace: float) -> None:
         self.clock = Clock()
@@ -136,7 +146,7 @@ def replace(path: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_follow_loads_urls_files_and_secrets(tmp_path: Path, loop: Any) -> None:
-    """One follow, one change: each issuer has the keys of its own source, and no others."""
+    """In one change: each issuer has the keys of its own source, and no others."""
 
     async def test() -> None:
         (tmp_path / "jwks.json").write_bytes(NEW)
@@ -156,18 +166,13 @@ def test_follow_loads_urls_files_and_secrets(tmp_path: Path, loop: Any) -> None:
     run(test(), loop_factory=loop)
 
 
-def test_follow_tries_urls_at_once_and_does_not_wait_for_the_slow() -> None:
-    """`first_wait` bounds the whole; a late key set comes in by itself."""
+def test_follow_fetches_in_parallel_and_does_not_wait_for_slow_issuers() -> None:
+    """`first_wait` bounds the wait; a late key set is stored when it arrives."""
 
     async def test() -> None:
         async with serving() as slow, serving() as other, serving() as quick, storing(first_wait=0.25) as store:
             go = asyncio.Event()
-
-            async def wait(_: web.Request) -> web.StreamResponse:
-                await go.wait()
-                return web.Response(body=NEW)
-
-            slow.answer = other.answer = wait
+            slow.answer = other.answer = delayed(go)
             began = time.monotonic()
             await store.follow([by_url(slow.url, "slow"), by_url(other.url, "other"), by_url(quick.url, "quick")])
             assert 0.2 < time.monotonic() - began < 1.0
@@ -182,7 +187,7 @@ def test_follow_tries_urls_at_once_and_does_not_wait_for_the_slow() -> None:
 
 
 def test_following_the_same_sources_again_changes_nothing(tmp_path: Path) -> None:
-    """A new policy with the issuers of the old one costs no fetch and no cached token."""
+    """A new policy with the old issuers costs no fetch and no cached token."""
 
     async def test() -> None:
         (tmp_path / "jwks.json").write_bytes(NEW)
@@ -197,8 +202,8 @@ def test_following_the_same_sources_again_changes_nothing(tmp_path: Path) -> Non
     run(test())
 
 
-def test_an_issuer_no_longer_named_is_dropped() -> None:
-    """Its keys go, its fetches end, and asking for it does nothing."""
+def test_an_issuer_that_is_no_longer_named_is_dropped() -> None:
+    """Its keys are removed, its fetches end, and a refresh does nothing."""
 
     async def test() -> None:
         async with serving() as idp, storing() as store:
@@ -214,7 +219,7 @@ def test_an_issuer_no_longer_named_is_dropped() -> None:
 
 
 def test_keys_do_not_outlive_a_change_of_their_source() -> None:
-    """Until the new source has answered the old keys stay; if it does not, there are none."""
+    """They stay until the new source has answered; if it fails, there are none."""
 
     async def test() -> None:
         async with serving(OLD) as old, serving(NEW) as new, storing() as store:
@@ -238,7 +243,7 @@ def test_keys_do_not_outlive_a_change_of_their_source() -> None:
 
 
 def test_keys_outlive_a_change_of_how_their_source_is_read() -> None:
-    """Another refresh interval while the issuer is down must not cost its users their access."""
+    """A new refresh interval while the issuer is down must not lock its users out."""
 
     async def test() -> None:
         async with serving() as idp, storing() as store:
@@ -251,8 +256,8 @@ def test_keys_outlive_a_change_of_how_their_source_is_read() -> None:
     run(test())
 
 
-def test_a_source_may_turn_from_file_to_secret(tmp_path: Path) -> None:
-    """The same bytes mean another thing under another kind of source."""
+def test_a_key_file_that_becomes_a_secret_is_not_taken_for_one(tmp_path: Path) -> None:
+    """The same bytes mean something else then."""
 
     async def test() -> None:
         path = tmp_path / "keys"
@@ -283,7 +288,7 @@ def test_a_url_is_fetched_again_and_again() -> None:
 
 
 def test_a_file_that_rotates_is_read_again(tmp_path: Path) -> None:
-    """As Kubernetes does it: the folder's link is swapped for another folder. A bad file changes nothing."""
+    """As Kubernetes does it: the link to the folder is swapped. A bad file changes nothing."""
 
     async def test() -> None:
         for name, content in (("one", OLD), ("two", b"{"), ("three", NEW)):
@@ -326,8 +331,8 @@ def test_a_secret_that_rotates_is_read_again(tmp_path: Path) -> None:
     run(test())
 
 
-def test_a_source_that_was_down_at_the_start_is_tried_soon_again() -> None:
-    """Not only at the next refresh."""
+def test_a_source_that_was_down_at_the_start_is_soon_tried_again() -> None:
+    """Without waiting for the refresh interval."""
 
     async def test() -> None:
         async with serving(b"{}") as idp, storing(max_backoff=0.02) as store:
@@ -343,8 +348,8 @@ def test_a_source_that_was_down_at_the_start_is_tried_soon_again() -> None:
     run(test())
 
 
-def test_failures_are_not_hammered() -> None:
-    """After a failure the next try waits a second or more, whatever the default pace's jitter."""
+def test_a_failing_issuer_is_not_hammered() -> None:
+    """With the default pace, the next try comes after a second or more, whatever the jitter."""
 
     async def test() -> None:
         async with serving(b"{}") as idp, storing() as store:
@@ -359,7 +364,7 @@ def test_failures_are_not_hammered() -> None:
 
 
 def test_a_storm_of_unknown_kids_is_one_fetch() -> None:
-    """1,000 callers share it, all learn of the change, and the next storm within 10 s costs the issuer nothing."""
+    """1,000 callers share it and see the change; another storm within 10 s costs the issuer nothing."""
 
     async def test() -> None:
         async with serving() as idp, storing() as store:
@@ -385,7 +390,7 @@ def test_a_storm_of_unknown_kids_is_one_fetch() -> None:
 
 
 def test_issuers_do_not_share_their_fetches(tmp_path: Path) -> None:
-    """A storm at one leaves the other its own; a file is read again the same way."""
+    """A refresh of one leaves the other its own; a file is read again in the same way."""
 
     async def test() -> None:
         path = tmp_path / "jwks.json"
@@ -414,19 +419,14 @@ def test_a_storm_at_an_issuer_that_never_answered_is_one_fetch() -> None:
     run(test())
 
 
-def test_a_caller_waits_in_bounds_and_leaves_the_fetch_running() -> None:
-    """Neither a caller that gives up nor one that is cancelled ends it for the others."""
+def test_a_caller_waits_for_a_limited_time_and_leaves_the_fetch_running() -> None:
+    """A caller that gives up or is cancelled does not end it for the others."""
 
     async def test() -> None:
         async with serving() as idp, storing(refresh_wait=0.1) as store:
             await store.follow([by_url(idp.url)])
             go = asyncio.Event()
-
-            async def wait(_: web.Request) -> web.StreamResponse:
-                await go.wait()
-                return web.Response(body=NEW)
-
-            idp.answer = wait
+            idp.answer = delayed(go)
             began = time.monotonic()
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(store.refresh(ME), 0.02)
@@ -452,7 +452,7 @@ def plain(body: bytes, **options: Any) -> Answer:
 
 
 async def endless(request: web.Request) -> web.StreamResponse:
-    """Sends until nobody listens, never saying how much."""
+    """Sends without end, and without a length."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
@@ -460,7 +460,7 @@ async def endless(request: web.Request) -> web.StreamResponse:
 
 
 async def dripping(request: web.Request) -> web.StreamResponse:
-    """A byte at a time, so that no single read is late."""
+    """A byte at a time, so that no single read times out."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
@@ -474,7 +474,7 @@ async def silent(_: web.Request) -> web.StreamResponse:
 
 
 async def cut(request: web.Request) -> web.StreamResponse:
-    """Promises more than it sends."""
+    """Announces more than it sends."""
     response = web.StreamResponse(headers={"Content-Length": "5000"})
     await response.prepare(request)
     await response.write(NEW)
@@ -513,8 +513,8 @@ BAD: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_answer_gives_no_keys_and_takes_none(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Good keys stay as they were; an issuer that never gave any stays absent; the error says just what is wrong."""
+def test_a_bad_answer_adds_no_keys_and_removes_none(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Good keys stay; an issuer without keys stays without; the error says exactly what is wrong."""
     answer, message = BAD[name]
 
     async def test() -> None:
@@ -541,10 +541,10 @@ def test_a_bad_answer_gives_no_keys_and_takes_none(name: str, caplog: pytest.Log
 
     with caplog.at_level(logging.DEBUG, "srp.keys"):
         run(test())
-    told = " ".join(r.getMessage() for r in caplog.records)
-    assert message in told
+    logged = " ".join(r.getMessage() for r in caplog.records)
+    assert message in logged
     for secret in ("MARKER", str(PRIVATE["d"]), str(PRIVATE["x"])):
-        assert secret not in told
+        assert secret not in logged
 
 
 def test_a_dead_port_gives_no_keys() -> None:
@@ -614,7 +614,7 @@ def test_an_issuer_without_a_source_has_no_keys() -> None:
         ("https://user:password@idp.example.com/", False),
         ("https://user@idp.example.com/", False),
         ("https://user:pass\\password@idp.example.com/", False),
-        ("https://a\\b/jwks", False),  # readers of URLs disagree about its host
+        ("https://a\\b/jwks", False),  # URL parsers disagree about its host
         ("https://idp.example.com/#jwks", False),
         ("file:///etc/passwd", False),
         ("ftp://127.0.0.1/", False),
@@ -626,7 +626,7 @@ def test_an_issuer_without_a_source_has_no_keys() -> None:
         ("", False),
     ],
 )
-def test_keys_come_by_https_or_from_loopback(url: str, good: bool) -> None:
+def test_keys_are_fetched_only_by_https_or_from_loopback(url: str, good: bool) -> None:
     if good:
         assert jwks_url(url).host
         return
@@ -644,7 +644,7 @@ def test_keys_come_by_https_or_from_loopback(url: str, good: bool) -> None:
 
 
 def test_a_fetch_carries_nothing_but_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cookie, no proxy or password from the environment; the bearer token is read anew each time."""
+    """No cookie, and no proxy or password from the environment; the bearer token is read again each time."""
     (tmp_path / "netrc").write_text("machine localhost login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -654,7 +654,7 @@ def test_a_fetch_carries_nothing_but_what_it_needs(tmp_path: Path, monkeypatch: 
     async def test() -> None:
         async with serving() as idp, storing() as store:
             idp.answer = plain(OLD, headers={"Set-Cookie": "a=b; Path=/"})
-            url = idp.url.replace("127.0.0.1", "localhost")  # a jar would keep no cookie of a bare address
+            url = idp.url.replace("127.0.0.1", "localhost")  # a cookie jar keeps no cookie of an IP address
             await store.follow([by_url(url)])
             token.write_text("first\n")
             await store.follow([by_url(url, bearer_token_file=str(token))])
@@ -677,8 +677,8 @@ def test_a_fetch_carries_nothing_but_what_it_needs(tmp_path: Path, monkeypatch: 
     run(test())
 
 
-def test_errors_do_not_tell_the_query_of_a_url() -> None:
-    """Some issuers want an API key there."""
+def test_errors_do_not_show_the_query_of_a_url() -> None:
+    """Some issuers expect an API key there."""
 
     async def test() -> None:
         async with serving(b"{}") as idp, storing() as store:
@@ -690,7 +690,7 @@ def test_errors_do_not_tell_the_query_of_a_url() -> None:
 
 
 def certificate(directory: Path, address: str) -> ssl.SSLContext:
-    """A server's TLS with a certificate for `address`, its own CA, left in `directory/ca.pem`."""
+    """A server's TLS context, with a self-signed certificate for `address` in `directory/ca.pem`."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     made = (
@@ -734,8 +734,8 @@ def test_tls_is_verified(tmp_path: Path, name: str, address: str, ca: str | None
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_close_ends_fetches_under_way_and_their_waiters() -> None:
-    """`run` sees that no task is left; keys stay readable; a second close does nothing."""
+def test_close_ends_running_fetches_and_releases_their_waiters() -> None:
+    """`run` checks that no task is left; keys stay readable; a second close does nothing."""
 
     async def test() -> None:
         async with serving() as idp, storing() as store:
@@ -754,7 +754,7 @@ def test_close_ends_fetches_under_way_and_their_waiters() -> None:
     run(test())
 
 
-def test_a_follow_that_is_cancelled_leaves_what_was() -> None:
+def test_a_cancelled_follow_changes_nothing() -> None:
     async def test() -> None:
         async with serving() as idp, serving() as other, storing() as store:
             await store.follow([by_url(idp.url)])
@@ -774,8 +774,8 @@ def test_a_follow_that_is_cancelled_leaves_what_was() -> None:
 # --- the log -------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_is_bounded_and_tells_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A row of failures is one line a minute; a change is one line that names the kids."""
+def test_the_log_is_bounded_and_shows_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Repeated failures are logged once a minute; a change is one line with the kids."""
     path = tmp_path / "jwks.json"
     path.write_bytes(OLD)
 

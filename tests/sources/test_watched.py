@@ -1,4 +1,4 @@
-"""A file that is watched, and what may take its place."""
+"""A watched file, and what may take its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ADS: every step of the protocol against an Envoy that is played here, and the outcome against a real one."""
+"""ADS: every step of the protocol, against a fake Envoy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import grpc.aio
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, DiscoveryResponse
 from envoy_data_plane.google.rpc import Status
 
+from ext_authz.demo.ports import HOST
 from ext_authz.wire.ads import SERVICE, Ads, PublishResult, Resources
-from tests.harness.rig import HOST, until
+from tests.harness.waiting import until
 
 CLUSTERS, FILTERS = "type.googleapis.com/test.Cluster", "type.googleapis.com/test.Filter"
 ONE, TWO, THREE = (Resources.of({CLUSTERS: (text,)}) for text in (b"one", b"two", b"three"))
 BOTH, NEWER = (Resources.of({CLUSTERS: (b"c%d" % n,), FILTERS: (b"f%d" % n,)}) for n in (1, 2))
 
-# ---- an Envoy that does as it is told ----
+# ---- the fake Envoy ----
 
 
 class FakeEnvoy:
@@ -45,12 +46,12 @@ class FakeEnvoy:
         await self._call.write(bytes(request))
 
     async def silent(self) -> bool:
-        """Whether nothing comes. The read that waits for it is left to the next response."""
+        """Whether nothing arrives. This ends the stream, so it must be a test's last step."""
         task = asyncio.ensure_future(self._call.read())
         done, _ = await asyncio.wait({task}, timeout=0.1)
         if done:
             return False
-        task.cancel()  # ends the stream, so this is a test's last step
+        task.cancel()
         return True
 
     def leave(self) -> None:
@@ -75,7 +76,7 @@ async def served(ads: Ads) -> AsyncIterator[Callable[[], FakeEnvoy]]:
 
 
 def play(scene: Play) -> None:
-    """Run a scene; afterwards nothing of it may still be running."""
+    """Run a scene. Afterwards none of its tasks may be left."""
 
     async def run() -> None:
         ads = Ads(settle=0)
@@ -94,7 +95,17 @@ async def publishing(ads: Ads, resources: Resources, timeout: float = 2) -> asyn
     return task
 
 
+async def connected(connect: Callable[[], FakeEnvoy], number: int) -> list[FakeEnvoy]:
+    """So many Envoys, each of which has acknowledged the clusters in force."""
+    envoys = [connect() for _ in range(number)]
+    for envoy in envoys:
+        await envoy.ask()
+        await acked(envoy)
+    return envoys
+
+
 async def acked(envoy: FakeEnvoy) -> str:
+    """Acknowledge the next response. Returns its version."""
     response = await envoy.read()
     await envoy.ack(response)
     return response.version_info
@@ -103,7 +114,7 @@ async def acked(envoy: FakeEnvoy) -> str:
 # ---- the protocol ----
 
 
-def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> None:
+def test_without_envoy_resources_are_in_force_at_once_and_sent_to_any_that_connects() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         assert (await ads.publish(ONE)).result is PublishResult.NO_ENVOY
         envoy = connect()
@@ -119,8 +130,8 @@ def test_without_envoy_it_is_in_force_at_once_and_sent_to_whoever_comes() -> Non
     play(scene)
 
 
-def test_what_is_fixed_is_sent_first_and_with_everything() -> None:
-    """It needs no publication of its own, and is no news with the next."""
+def test_fixed_resources_are_sent_once_and_on_request() -> None:
+    """It needs no publication of its own, and is not sent again with the next one."""
 
     async def run() -> None:
         ads = Ads(settle=0, fixed={"endpoints": (b"fixed",)})
@@ -143,10 +154,7 @@ def test_what_is_fixed_is_sent_first_and_with_everything() -> None:
 def test_publish_ends_when_every_envoy_has_acknowledged() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
-        first, second = connect(), connect()
-        for envoy in (first, second):
-            await envoy.ask()
-            await acked(envoy)
+        first, second = await connected(connect, 2)
         task = await publishing(ads, TWO)
         assert await acked(first) == TWO.versions[CLUSTERS]
         response = await second.read()
@@ -161,13 +169,10 @@ def test_publish_ends_when_every_envoy_has_acknowledged() -> None:
     play(scene)
 
 
-def test_a_refusal_is_told_in_envoys_words_and_taken_back_everywhere() -> None:
+def test_a_nack_is_reported_in_envoys_words_and_rolled_back_everywhere() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
-        good, bad = connect(), connect()
-        for envoy in (good, bad):
-            await envoy.ask()
-            await acked(envoy)
+        good, bad = await connected(connect, 2)
         task = await publishing(ads, TWO)
         assert await acked(good) == TWO.versions[CLUSTERS]
         await bad.nack(await bad.read(), "port 70000 is too large", ONE.versions[CLUSTERS])
@@ -188,7 +193,7 @@ def test_a_refusal_is_told_in_envoys_words_and_taken_back_everywhere() -> None:
     play(scene)
 
 
-def test_an_envoy_that_does_not_answer_costs_the_timeout_and_gets_only_the_newest() -> None:
+def test_an_envoy_that_does_not_answer_costs_the_timeout_and_only_its_newest_ack_counts() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
         envoy = connect()
@@ -200,7 +205,7 @@ def test_an_envoy_that_does_not_answer_costs_the_timeout_and_gets_only_the_newes
         second, third = await envoy.read(), await envoy.read()
         for stale in (first, second):
             await envoy.ack(stale)
-        await envoy.nack(second, "of no interest any more")
+        await envoy.nack(second, "no longer of interest")
         await asyncio.sleep(0.05)
         assert (ads.acknowledged, ads.last_error) == (None, None)
         await envoy.ack(third)
@@ -209,13 +214,10 @@ def test_an_envoy_that_does_not_answer_costs_the_timeout_and_gets_only_the_newes
     play(scene)
 
 
-def test_an_envoy_that_goes_is_not_waited_for() -> None:
+def test_an_envoy_that_disconnects_is_not_waited_for() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
-        stays, goes = connect(), connect()
-        for envoy in (stays, goes):
-            await envoy.ask()
-            await acked(envoy)
+        stays, goes = await connected(connect, 2)
         task = await publishing(ads, TWO)
         await acked(stays)
         await goes.read()
@@ -228,7 +230,7 @@ def test_an_envoy_that_goes_is_not_waited_for() -> None:
     play(scene)
 
 
-def test_an_envoy_that_comes_back_is_served_whatever_it_says_it_has() -> None:
+def test_an_envoy_that_reconnects_is_served_whatever_version_it_claims() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(TWO)
         for version, nonce in (("", ""), (ONE.versions[CLUSTERS], "7"), (TWO.versions[CLUSTERS], "1")):
@@ -240,12 +242,12 @@ def test_an_envoy_that_comes_back_is_served_whatever_it_says_it_has() -> None:
     play(scene)
 
 
-def test_types_come_in_their_order_the_next_when_the_one_before_is_acknowledged() -> None:
+def test_types_are_sent_in_order_each_after_the_ack_of_the_one_before() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(BOTH)
         envoy = connect()
         await envoy.ask(FILTERS, names=("lease",))
-        assert (await envoy.read()).type_url == FILTERS  # nobody has asked for clusters yet
+        assert (await envoy.read()).type_url == FILTERS  # it has not asked for clusters yet
         await envoy.ask()
         await acked(envoy)
         task = await publishing(ads, NEWER)
@@ -263,7 +265,7 @@ def test_types_come_in_their_order_the_next_when_the_one_before_is_acknowledged(
     play(scene)
 
 
-def test_a_type_that_is_not_served_is_left_without_answer() -> None:
+def test_a_type_that_is_not_served_gets_no_answer() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
         envoy = connect()
@@ -276,12 +278,11 @@ def test_a_type_that_is_not_served_is_left_without_answer() -> None:
     play(scene)
 
 
-def test_a_stream_that_makes_no_sense_is_ended_and_the_others_live() -> None:
+def test_a_malformed_stream_is_ended_and_the_others_go_on() -> None:
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
-        good, flood, garbage = connect(), connect(), connect()
-        await good.ask()
-        await acked(good)
+        [good] = await connected(connect, 1)
+        flood, garbage = connect(), connect()
         for n in range(20):
             with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 await flood.ask(f"type.googleapis.com/test.T{n}")

@@ -21,7 +21,7 @@ def moved(**changes: Any) -> Any:
 
 
 def authz_address(config: Any) -> Any:
-    """Where Envoy finds ext_authz, for checks and for its configuration."""
+    """Where Envoy finds ext_authz, both for checks and for its configuration."""
     decides, configures = (
         next(c for c in config["static_resources"]["clusters"] if c["name"] == name)["load_assignment"]["endpoints"]
         for name in ("ext_authz", "ext_authz_ads")
@@ -33,7 +33,7 @@ def authz_address(config: Any) -> Any:
 # ---- another place ----
 
 
-def test_the_file_itself_is_for_a_pod() -> None:
+def test_the_file_is_made_for_a_pod() -> None:
     config = yaml.safe_load(TEMPLATE)
     (listener,) = config["static_resources"]["listeners"]
     assert listener["address"]["socket_address"] == {"address": "0.0.0.0", "port_value": 9000}
@@ -42,7 +42,7 @@ def test_the_file_itself_is_for_a_pod() -> None:
     assert TEMPLATE.count("/etc/envoy/least_request.lua") == 2
 
 
-def test_nothing_but_the_places_changes() -> None:
+def test_only_the_places_change() -> None:
     back = moved(
         listen=("0.0.0.0", 9000), admin=("127.0.0.1", 9901), socket="/run/srp/ext_authz.sock",
         lua="/etc/envoy/least_request.lua",
@@ -63,7 +63,7 @@ def test_the_admin_listener_can_be_left_out() -> None:
         ("[::1]:9191", {"socket_address": {"address": "::1", "port_value": 9191}}),
     ],
 )
-def test_ext_authz_may_be_a_path_or_an_address(socket: str, address: dict[str, Any]) -> None:
+def test_ext_authz_may_listen_on_a_path_or_an_address(socket: str, address: dict[str, Any]) -> None:
     assert authz_address(moved(socket=socket)) == address
 
 
@@ -77,17 +77,17 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("old", "new", "message"), BROKEN)
-def test_a_template_without_a_place_is_refused(old: str, new: str, message: str) -> None:
+def test_a_template_in_which_a_place_is_missing_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bootstrap(TEMPLATE.replace(old, new), **PLACE)
 
 
-def test_a_socket_that_is_neither_is_refused() -> None:
+def test_a_socket_that_is_neither_path_nor_address_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a path or HOST:PORT, found `nonsense`"):
         moved(socket="nonsense")
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"envoy/no\.such is not installed"):
         envoy_file("no.such")
 
@@ -104,7 +104,7 @@ def test_no_route_passes_without_ext_authz() -> None:
     assert "filter_enabled:" not in TEMPLATE
     switch = manager["http_filters"][1]["typed_config"]["filter_enabled_metadata"]
     assert switch == {"filter": "srp.lease", "path": [{"key": "hit"}], "value": {"bool_match": True}, "invert": True}
-    assert TEMPLATE.count("srp.lease") == 2  # nothing else names it, so nothing else writes there
+    assert TEMPLATE.count("srp.lease") == 2  # no other filter names it, so no other writes to it
     (host,) = manager["route_config"]["virtual_hosts"]
     assert host["domains"] == ["*"]
     for route in host["routes"]:
@@ -116,8 +116,8 @@ def test_no_route_passes_without_ext_authz() -> None:
     assert "clearRouteCache" not in envoy_file("least_request.lua").read_text()
 
 
-def test_no_crowd_of_checks_holds_up_the_configuration() -> None:
-    """A circuit breaker is a cluster's: the stream of configuration has a cluster that no check uses."""
+def test_no_number_of_checks_delays_the_configuration() -> None:
+    """A circuit breaker belongs to a cluster: the configuration's stream has a cluster that no check uses."""
     config = yaml.safe_load(TEMPLATE)
     clusters = {c["name"]: c for c in config["static_resources"]["clusters"]}
     (service,) = config["dynamic_resources"]["ads_config"]["grpc_services"]

@@ -1,4 +1,4 @@
-"""The wire: Envoy's bytes to a Request, a Decision to Envoy's bytes; and the twin that parses them."""
+"""Check on the wire: Envoy's bytes to a Request, a Decision to Envoy's bytes, and the twin that parses them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TWINS = twins(CheckRequest, CheckResponse)
 
 
 def same(theirs: Any, twin: Any) -> bool:
-    """Whether a message of envoy-data-plane and its twin agree, field by field and name by name."""
+    """Whether a message of envoy-data-plane and its twin agree in every field."""
     for field in fields(theirs):
         meta, value = field.metadata["betterproto"], getattr(theirs, field.name)
         if value is None:
@@ -67,39 +67,26 @@ def alike(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # about fields that the schema still has
 @pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
-def test_the_twin_reads_what_envoy_data_plane_writes(cls: type) -> None:
-    """Any message comes through the twin and back unchanged, and each field has the same name and value in both."""
+def test_the_twin_and_envoy_data_plane_read_what_the_other_writes(cls: type) -> None:
+    """Any message, there and back unchanged; each field has the same name and value in both."""
 
     @given(messages(cls))
-    @settings(max_examples=60)
+    @settings(max_examples=100)
     def check(theirs: Any) -> None:
         twin = TWINS[cls].FromString(bytes(theirs))
         assert same(theirs, twin)
         assert cls.parse(twin.SerializeToString()) == theirs  # type: ignore[attr-defined]
-
-    check()
-
-
-@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")  # of fields that are in the schema still
-@pytest.mark.parametrize("cls", [CheckRequest, CheckResponse])
-def test_envoy_data_plane_reads_what_the_twin_writes(cls: type) -> None:
-    """Any message of the twin comes through envoy-data-plane and back unchanged."""
-
-    @given(messages(cls))
-    @settings(max_examples=40)
-    def check(source: Any) -> None:
-        twin = TWINS[cls].FromString(bytes(source))
-        theirs = cls.parse(twin.SerializeToString(deterministic=True))  # type: ignore[attr-defined]
-        assert same(theirs, twin)
-        assert TWINS[cls].FromString(bytes(theirs)) == twin
+        back = cls.parse(twin.SerializeToString(deterministic=True))  # type: ignore[attr-defined]
+        assert same(back, twin)
+        assert TWINS[cls].FromString(bytes(back)) == twin
 
     check()
 
 
 def test_the_twin_keeps_the_schema() -> None:
-    """Every message, field, number and oneof of envoy-data-plane is in the twin."""
+    """It has every message, field, number and oneof of envoy-data-plane."""
     assert len(TWINS) > 20
     for cls, twin in TWINS.items():
         numbers = {f.name: f.metadata["betterproto"].number for f in fields(cls)}
@@ -141,13 +128,13 @@ READS = [
 
 
 @pytest.mark.parametrize(("data", "request_"), [r[1:] for r in READS], ids=[r[0] for r in READS])
-def test_reads_a_check_request(data: bytes, request_: Request) -> None:
-    """The Request holds what Envoy saw: path without query, every header, the body as bytes."""
+def test_a_request_is_what_envoy_saw(data: bytes, request_: Request) -> None:
+    """The path without its query, every header, the body as bytes."""
     assert read(data) == request_
 
 
 def nested(depth: int) -> bytes:
-    """Metadata that holds lists in lists."""
+    """Metadata with lists inside lists."""
     request = TWINS[CheckRequest]()
     value = request.attributes.metadata_context.filter_metadata["x"].fields["y"]
     for _ in range(depth):
@@ -166,15 +153,15 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("data", [g[1] for g in GARBAGE], ids=[g[0] for g in GARBAGE])
-def test_garbage_is_a_value_error(data: bytes) -> None:
-    """Bytes that are no CheckRequest raise ValueError, whose text holds none of them."""
+def test_bytes_that_are_no_check_request_are_a_value_error(data: bytes) -> None:
+    """Whose text repeats none of it."""
     with pytest.raises(ValueError, match=r"^not a CheckRequest$"):
         read(data)
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
-    """Nothing but ValueError comes of any bytes."""
+    """With nothing but ValueError."""
     try:
         read(data)
     except ValueError:
@@ -182,7 +169,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 
 
 def test_headers_must_come_raw() -> None:
-    """The `headers` map joins repeated headers: without `encode_raw_headers` nothing is decided."""
+    """The `headers` map joins repeated headers, so without `encode_raw_headers` nothing is decided."""
     with pytest.raises(ValueError, match="encode_raw_headers"):
         read(check_request(headers={"x-a": "1"}))
 
@@ -209,7 +196,7 @@ def written(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -
 
 
 def listed(options: list[HeaderValueOption]) -> dict[str, str]:
-    """The headers by name; each must be there once, in `value`, overwriting, and nothing that HTTP cannot hold."""
+    """The headers by name. Each must occur once, in `value`, overwrite, and be legal in HTTP."""
     found: dict[str, str] = {}
     for option in options:
         assert option.header is not None
@@ -222,13 +209,13 @@ def listed(options: list[HeaderValueOption]) -> dict[str, str]:
     return found
 
 
-def upstream(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> dict[str, str]:
+def for_expert(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> dict[str, str]:
     response = written(decision, policy, subject)
     assert response.ok_response is not None
     return listed(response.ok_response.headers)
 
 
-def told(decision: Decision) -> dict[str, str]:
+def for_client(decision: Decision) -> dict[str, str]:
     """The headers for the client."""
     response = written(decision)
     if response.ok_response is not None:
@@ -254,10 +241,10 @@ def without_id(headers: Mapping[str, str]) -> dict[str, str]:
 
 DIGEST = {"x-srp-policy": POLICY.digest}
 TRIES = str(Traffic().retries)
-LADDER = str(Traffic().retries + 2 * 2)  # two candidates, each rung of whose ladder may fail twice
+LADDER = str(Traffic().retries + 2 * 2)  # two candidates; each rung of the ladder may fail twice
 
 OK = [
-    # name, decision, upstream headers, headers told to the client
+    # name, decision, headers for the expert, headers for the client
     (
         "allow", asked("B", "A"),
         {"x-target-cluster": "expert-b;w=1;m=1024,expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
@@ -280,22 +267,24 @@ OK = [
 
 
 @pytest.mark.parametrize(("decision", "sent", "answered"), [o[1:] for o in OK], ids=[o[0] for o in OK])
-def test_what_is_served(decision: Decision, sent: dict[str, str], answered: dict[str, str]) -> None:
-    """An OK sets the target, the verified caller and the traffic limits, and tells the client the verdict."""
+def test_an_ok_sets_the_headers_for_expert_and_client(
+    decision: Decision, sent: dict[str, str], answered: dict[str, str]
+) -> None:
+    """With the target, the verified caller and the traffic limits for the expert, and the verdict for the client."""
     response = written(decision)
     assert response.status is None or response.status.code == 0
     assert response.denied_response is None
     tries = LADDER if len(decision.serve) > 1 else TRIES
     limits = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": tries}
-    assert without_id(upstream(decision, subject=sent.get("x-srp-subject", ""))) == {**sent, **limits}
-    assert without_id(told(decision)) == answered
+    assert without_id(for_expert(decision, subject=sent.get("x-srp-subject", ""))) == {**sent, **limits}
+    assert without_id(for_client(decision)) == answered
     assert response.ok_response is not None
-    assert response.ok_response.dynamic_metadata is None  # deprecated, and would hide ours
+    assert response.ok_response.dynamic_metadata is None  # deprecated, and would replace ours
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_what_is_taken_out_of_a_request(forward: bool) -> None:
-    """The client's wishes go no further; nor does its token, unless the policy forwards it."""
+def test_what_the_client_wished_for_does_not_reach_the_expert(forward: bool) -> None:
+    """Nor its token, unless the policy forwards it."""
     response = written(asked("A"), replace(POLICY, forward_token=forward))
     assert response.ok_response is not None
     taken = {"x-requested-cluster", "x-srp-downgrade"} | (
@@ -322,10 +311,12 @@ TRAFFIC = [
 @pytest.mark.parametrize(
     ("a", "b", "timeout", "retries", "retry_on"), [t[1:] for t in TRAFFIC], ids=[t[0] for t in TRAFFIC]
 )
-def test_traffic_limits(a: Traffic, b: Traffic, timeout: str, retries: str, retry_on: str | None) -> None:
-    """The candidates' most patient timeout and most retries; 5xx are retried only if all of them say so."""
+def test_the_longest_timeout_and_the_most_retries_of_the_candidates_count(
+    a: Traffic, b: Traffic, timeout: str, retries: str, retry_on: str | None
+) -> None:
+    """5xx are retried only if all candidates permit it."""
     experts = {**POLICY.experts, "A": Expert("A", 0, "a", traffic=a), "B": Expert("B", 0, "b", traffic=b)}
-    headers = upstream(asked("A", "B"), replace(POLICY, experts=experts))
+    headers = for_expert(asked("A", "B"), replace(POLICY, experts=experts))
     assert headers["x-envoy-upstream-rq-timeout-ms"] == timeout
     assert headers["x-envoy-max-retries"] == retries
     assert headers.get("x-envoy-retry-on") == retry_on
@@ -346,15 +337,15 @@ SUBJECTS = [
 
 
 @pytest.mark.parametrize(("subject", "header"), SUBJECTS)
-def test_subjects_are_encoded(subject: str, header: str) -> None:
-    """All but visible ASCII is percent-encoded, and the percent sign with it: no subject is another's."""
-    assert upstream(asked("A"), subject=subject)["x-srp-subject"] == header
+def test_all_but_visible_ascii_in_a_subject_is_percent_encoded(subject: str, header: str) -> None:
+    """So is the percent sign: no two subjects are encoded alike."""
+    assert for_expert(asked("A"), subject=subject)["x-srp-subject"] == header
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50))
 def test_no_subject_can_inject_a_header(subject: str) -> None:
-    """Whatever the subject, the header is visible ASCII and says it exactly."""
-    header = upstream(asked("A"), subject=subject)["x-srp-subject"]
+    """The header is visible ASCII, and decodes to the subject."""
+    header = for_expert(asked("A"), subject=subject)["x-srp-subject"]
     assert re.fullmatch("[!-~]+", header)
     assert unquote(header) == subject
 
@@ -440,8 +431,10 @@ DENIALS: list[tuple[str, Decision, int, dict[str, Any], dict[str, str]]] = [
 @pytest.mark.parametrize(
     ("decision", "status", "error", "headers"), [d[1:] for d in DENIALS], ids=[d[0] for d in DENIALS]
 )
-def test_denials(decision: Decision, status: int, error: dict[str, Any], headers: dict[str, str]) -> None:
-    """A denial has its status, a JSON body of one schema, and the headers that go with it."""
+def test_a_denial_has_its_status_body_and_headers(
+    decision: Decision, status: int, error: dict[str, Any], headers: dict[str, str]
+) -> None:
+    """The JSON body has one schema."""
     response = written(decision)
     assert response.ok_response is None
     assert response.status is not None
@@ -468,7 +461,7 @@ def test_denials(decision: Decision, status: int, error: dict[str, Any], headers
 
 @pytest.mark.parametrize("reason", list(STATUS))
 def test_every_reason_can_be_written(reason: Reason) -> None:
-    """Each denial has the status of its reason, and a status code for gRPC that Envoy takes for a denial."""
+    """With the status of the reason, and a gRPC status that Envoy takes for a denial."""
     response = written(Decision(Verdict.DENY, reason, detail="why"))
     assert response.denied_response is not None
     assert response.denied_response.status is not None
@@ -498,16 +491,16 @@ METADATA = [
 
 
 @pytest.mark.parametrize(("decision", "expected"), METADATA, ids=["served", "denied"])
-def test_the_access_log_is_told(decision: Decision, expected: dict[str, str]) -> None:
-    """Dynamic metadata for the access log: the decision, without the subject or any claim."""
+def test_the_access_log_gets_the_decision_without_the_subject(decision: Decision, expected: dict[str, str]) -> None:
+    """As dynamic metadata."""
     found = metadata(decision)
     assert ID.fullmatch(found.pop("decision_id"))
     assert found.items() >= expected.items()
     assert "ada" not in found.values()
 
 
-def test_the_subject_and_claims_go_to_the_expert_only() -> None:
-    """A client is not told who it is taken for, a denial even less."""
+def test_only_the_expert_gets_the_subject_and_nobody_the_claims() -> None:
+    """A client does not learn how it was identified, least of all from a denial."""
     caller = replace(CALLER, subject="subject-of-the-token")
     for names in (["A"], ["C"], ["Z"]):
         data = Writer(POLICY).write(decide(POLICY, caller, names, GET, downgrade=False), subject=caller.subject)
@@ -519,7 +512,7 @@ def test_the_subject_and_claims_go_to_the_expert_only() -> None:
 
 
 def test_ids_are_unique() -> None:
-    """Of 10,000 answers by two writers, alike or not, no two have the same id."""
+    """In 10,000 answers by two writers."""
     ids = []
     for writer in (Writer(POLICY), Writer(POLICY)):
         for decision in (asked("A"), asked("Z")):
@@ -528,14 +521,14 @@ def test_ids_are_unique() -> None:
 
 
 @pytest.mark.parametrize("decision", [asked("A", "Z"), asked("C", downgrade=False), INTERNAL], ids=["ok", "no", "oops"])
-def test_written_twice_differs_only_in_the_id(decision: Decision) -> None:
-    """The id is the only thing of a request in a remembered answer, and is the same in every place of it."""
+def test_two_answers_to_one_decision_differ_only_in_the_id(decision: Decision) -> None:
+    """The id is the only part of a cached answer that belongs to one request; all its occurrences are the same."""
     writer = Writer(POLICY)
     first, second = writer.write(decision), writer.write(decision)
     one, other = headers_id(first), headers_id(second)
     assert one != other
     assert first.replace(one, other) == second
-    assert first.count(one) == 3  # headers for the client, metadata, and headers upstream or the body
+    assert first.count(one) == 3  # headers for the client, metadata, and headers for_expert or the body
     assert metadata_id(first) == one
 
 
@@ -556,8 +549,8 @@ HEX = st.text("0123456789abcdef", min_size=16, max_size=16)
 
 
 @given(st.lists(HEX, min_size=1, max_size=4), HEX)
-def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> None:
-    """Content of the form of an id is not taken for the id."""
+def test_names_that_look_like_ids_are_written_as_they_are(names: list[str], subject: str) -> None:
+    """They are not taken for the id."""
     policy = replace(POLICY, experts={**POLICY.experts, names[0]: Expert(names[0], 0, names[0])}, digest=names[-1])
     decision = decide(policy, CALLER, names, GET)
     writer = Writer(policy)
@@ -582,8 +575,8 @@ def test_names_that_look_like_ids_survive(names: list[str], subject: str) -> Non
         max_size=20,
     )
 )
-def test_what_is_made_once_for_many_callers_is_each_ones_own(asked: list[tuple[Any, Identity, bool]]) -> None:
-    """A writer that has answered others answers as a new one does, with and without a lease."""
+def test_what_is_shared_between_callers_leaks_nothing(asked: list[tuple[Any, Identity, bool]]) -> None:
+    """A writer that has answered others answers like a new one, with and without a lease."""
     experts = {**POLICY.experts, "E": Expert("E", 1, "e", downgrade_to=("A", "B"), unavailable="downgrade")}
     policy = replace(POLICY, experts=experts)
     used = Writer(policy, "epoch")
@@ -601,8 +594,8 @@ def test_what_is_made_once_for_many_callers_is_each_ones_own(asked: list[tuple[A
             assert ("x-srp-subject" in found.ok_response.headers_to_remove) is (caller.subject == "")
 
 
-def test_what_is_kept_of_answers_is_bounded() -> None:
-    """However many decisions it writes, a writer keeps what it made of a thousand at most."""
+def test_the_cache_of_prepared_answers_is_bounded() -> None:
+    """To the latest 1,024 decisions, at most."""
     writer = Writer(POLICY)
     for _ in range(1500):
         writer.write(asked("A"))
@@ -614,14 +607,14 @@ NAMES = st.lists(st.from_regex(r"[!-+\--:<-~]{1,64}", fullmatch=True), min_size=
 
 @given(NAMES, st.booleans(), st.text(max_size=30))
 @settings(max_examples=50)
-def test_whatever_is_asked_the_answer_is_clean(names: list[str], forbid: bool, detail: str) -> None:
-    """Names as the gate lets them pass, and any detail, give headers that HTTP can hold and a body that is JSON."""
+def test_any_names_and_details_give_a_well_formed_answer(names: list[str], forbid: bool, detail: str) -> None:
+    """Names that the gate accepts, and any detail, give legal headers and a body that is JSON."""
     for decision in (
         asked(*names, downgrade=not forbid),
         asked("A", *names),
         Decision(Verdict.DENY, Reason.INVALID_TOKEN, detail=detail),
     ):
-        told(decision)
+        for_client(decision)
         response = written(decision)
         if response.denied_response is not None:
             json.loads(response.denied_response.body)

@@ -1,4 +1,4 @@
-"""Policy to Envoy clusters, read back with envoy-data-plane: the messages Envoy would see."""
+"""From a policy to Envoy's clusters, read back with envoy-data-plane as Envoy would read them."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_every_ordered_pair_has_a_ladder(name: str, experts: list[Expert], expec
         (1000, 2001),
     ],
 )
-def test_the_number_of_clusters_stays_bearable(experts: int, clusters: int) -> None:
+def test_the_number_of_clusters_grows_no_faster_than_this(experts: int, clusters: int) -> None:
     assert len(resources(*many(experts)).types[TYPE_CLUSTER]) == clusters
 
 
-def test_beyond_the_limit_a_ladder_is_one_expert_and_the_spare() -> None:
+def test_above_the_limit_a_ladder_is_one_expert_and_the_spare() -> None:
     ladders = made(*many(MAX_PAIRED + 1))
     assert set(rungs(ladders["expert-e7~"])) == {"expert-e7", SPARE}
 
@@ -113,7 +113,7 @@ def test_what_does_not_concern_envoy_does_not_change_the_version() -> None:
     assert one == two
 
 
-def test_an_expert_has_all_that_its_traffic_says() -> None:
+def test_a_cluster_has_all_settings_of_its_experts_traffic() -> None:
     cluster = made(
         expert(
             "A", Endpoint("10.0.0.1", 80), Endpoint("::1", 81), connect_timeout=0.25, max_requests=7, max_pending=8,
@@ -139,25 +139,25 @@ def test_an_expert_has_all_that_its_traffic_says() -> None:
     assert balancer.slow_start_config.slow_start_window == timedelta(seconds=30)
 
 
-def test_names_are_looked_up_as_often_as_they_ask_for() -> None:
+def test_a_dns_name_is_resolved_as_often_as_its_ttl_says() -> None:
     cluster = made(expert("A", Endpoint("expert-a.moe.svc", 80), Endpoint("10.0.0.1", 80)))["expert-a"]
     dns = DnsCluster.parse(cluster.cluster_type.typed_config.value)
     assert dns.respect_dns_ttl
     assert not dns.all_addresses_in_single_endpoint
 
 
-def test_what_is_switched_off_is_not_there() -> None:
+def test_health_checks_and_outlier_detection_can_be_switched_off() -> None:
     cluster = made(expert("A", health=None, outlier=None))["expert-a"]
     assert not cluster.health_checks
     assert cluster.outlier_detection is None
 
 
-def test_no_request_goes_to_what_is_known_to_be_dead() -> None:
+def test_no_cluster_sends_requests_to_endpoints_known_to_be_down() -> None:
     for cluster in made(A, B, C).values():
         assert cluster.common_lb_config.healthy_panic_threshold.value == 0
 
 
-def test_the_spare_has_every_endpoint_and_gives_it_to_nobody_by_default() -> None:
+def test_the_spare_has_every_endpoint_and_selects_none_by_default() -> None:
     odd = expert("D", Endpoint("10.0.0.9", 80), health=Health("/other"))
     spare = made(A, B, C, odd)[SPARE]
     found = spare.load_assignment.endpoints[0].lb_endpoints

@@ -1,4 +1,4 @@
-"""The header lists of `core.headers`, against what is really written, and against the files of envoy/."""
+"""The header lists of `core.headers` against what is really written, and against the files in envoy/."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.harness.checks import response_of, token
 MANAGER = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())["static_resources"]["listeners"][0]["filter_chains"][
     0
 ]["filters"][0]["typed_config"]
-CLIENTS = {headers.AUTHORIZATION, headers.ACCESS_TOKEN, headers.DOWNGRADE}  # what a client may send of ours
+CLIENTS = {headers.AUTHORIZATION, headers.ACCESS_TOKEN, headers.DOWNGRADE}  # ours that a client may send
 
 
 @pytest.fixture
 def answer(tmp_path: Any) -> Any:
-    """A response that has every header there is: a downgrade with a subject, unknown names and retries on 5xx."""
+    """A response with every header: a downgrade with a subject, unknown names and retries on 5xx."""
     policy = load_policy(tmp_path, ("A: {tier: low,", "A: {tier: low, retry_on: 5xx,"))
     request = Request("POST", "/", {"authorization": f"Bearer {token(sub='ada')}", "x-expert-names": "A,nobody"})
     outcome = check(snapshot(policy), request, time.time())
@@ -34,27 +34,27 @@ def answer(tmp_path: Any) -> Any:
     return response_of(Writer(policy).write(outcome.decision, subject=outcome.caller.subject))
 
 
-def test_an_answer_sets_for_the_expert_what_the_list_says(answer: Any) -> None:
+def test_an_answer_sets_the_experts_headers_on_the_list(answer: Any) -> None:
     assert {o.header.key for o in answer.ok_response.headers} == set(headers.TO_EXPERT)
 
 
-def test_an_answer_tells_the_client_and_the_log_what_the_list_says(answer: Any) -> None:
-    told = {o.header.key for o in answer.ok_response.response_headers_to_add}
-    assert told == {field.header for field in headers.FIELDS if field.header}
+def test_an_answer_gives_client_and_log_the_fields_on_the_list(answer: Any) -> None:
+    names = {o.header.key for o in answer.ok_response.response_headers_to_add}
+    assert names == {field.header for field in headers.FIELDS if field.header}
     assert set(answer.dynamic_metadata.fields) == {field.name for field in headers.FIELDS}
 
 
-def test_an_answer_removes_what_the_list_says(answer: Any) -> None:
+def test_an_answer_removes_the_headers_on_the_list(answer: Any) -> None:
     assert set(answer.ok_response.headers_to_remove) == set(headers.removed(forward_token=False))
 
 
-def test_the_lease_filter_is_given_the_lists(tmp_path: Any) -> None:
+def test_the_lease_filter_gets_the_lists(tmp_path: Any) -> None:
     text = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1])), settings(load_policy(tmp_path), "epoch"))
     for name in (*headers.TO_EXPERT, *headers.READ_BY_EVERY_DECISION, *(field.name for field in headers.FIELDS)):
         assert f'"{name}"' in text
 
 
-def test_envoy_strips_from_the_client_what_only_srp_may_set() -> None:
+def test_envoy_strips_from_requests_what_only_srp_may_set() -> None:
     extension = MANAGER["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
     stripped = {m["remove"] for m in extension if "remove" in m}
     ours = {*headers.TO_EXPERT, *(field.header for field in headers.FIELDS if field.header)}
@@ -64,7 +64,7 @@ def test_envoy_strips_from_the_client_what_only_srp_may_set() -> None:
     assert not stripped & CLIENTS
 
 
-def test_envoy_lets_ext_authz_change_what_it_changes_and_nothing_else() -> None:
+def test_envoy_lets_ext_authz_change_the_headers_it_changes_and_no_others() -> None:
     [ext_authz] = [f for f in MANAGER["http_filters"] if f["name"] == "envoy.filters.http.ext_authz"]
     allowed = ext_authz["typed_config"]["decoder_header_mutation_rules"]["allow_expression"]["regex"]
     changed = {*headers.TO_EXPERT, *headers.removed(forward_token=False)}
@@ -74,13 +74,13 @@ def test_envoy_lets_ext_authz_change_what_it_changes_and_nothing_else() -> None:
     )
 
 
-def test_envoy_keeps_to_itself_what_conditions_cannot_read() -> None:
+def test_envoy_does_not_send_the_headers_that_neither_gates_nor_conditions_may_read() -> None:
     [ext_authz] = [f for f in MANAGER["http_filters"] if f["name"] == "envoy.filters.http.ext_authz"]
     patterns = ext_authz["typed_config"]["disallowed_headers"]["patterns"]
     expected = [*({"exact": name} for name in headers.NOT_SENT), {"prefix": ":"}, {"prefix": "x-b3-"}]
     assert sorted(map(str, patterns)) == sorted(map(str, expected))
 
 
-def test_the_route_script_uses_the_names_of_the_list() -> None:
+def test_the_route_script_uses_the_names_on_the_list() -> None:
     used = set(re.findall(r'"(x-[a-z-]+)"', (ROOT / "envoy/least_request.lua").read_text()))
     assert used == {headers.TARGET_CLUSTER, headers.EXPERT, *headers.DEPENDS_ON_WHO_ANSWERS}
