@@ -113,8 +113,8 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
     from ext_authz.review.explain import by_claims, by_token
 
     if args.claims is not None:
-        return by_claims(policy, _object(args.claims, "--claims"))
-    if args.token is not None:
+        caller = by_claims(policy, _object(args.claims, "--claims"))
+    elif args.token is not None:
         with sys.stdin.buffer if args.token == "-" else Path(args.token).open("rb") as file:
             text = file.read(2 * identity.MAX_TOKEN).decode("latin-1")  # tokens are ASCII and never longer
         caller = by_token(policy, text.strip())

@@ -160,7 +160,11 @@ class Control:
                 if text is None:
                     return False
                 policy = await self._parse(text)
-            except (PolicyError, OSError) as e:
+            except OSError as e:
+                if str(e) != self._error:  # a file that is gone is one failure, however often it is looked for
+                    self._refuse(str(e))
+                return False
+            except PolicyError as e:
                 self._refuse(str(e))
                 return False
             return await self._adopt(policy, text)
