@@ -3,9 +3,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import tokens
 from tests.harness.system import System, system
+
+settings.register_profile("srp", deadline=None)  # the time an example takes depends on the machine
+settings.load_profile("srp")
 
 POLICY = """\
 version: 1
@@ -43,7 +47,7 @@ def demo_policy(ports: dict[str, list[int]]) -> str:
 
 @pytest.fixture(scope="session")
 def proxy() -> Iterator[System]:
-    """One running proxy for the tests that leave it as they found it."""
+    """One running proxy, for tests that leave it as they found it."""
     files = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
     with system(demo_policy, {"A": 2, "B": 2, "C": 1, "D": 1}, files) as it:
         yield it

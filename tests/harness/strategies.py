@@ -9,15 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from ext_authz.core.condition import Condition, compile_condition
 from ext_authz.core.model import Identity, Request
 from ext_authz.core.policy import Expert, Policy
-
-settings.register_profile("srp", deadline=None)  # machines differ
-settings.load_profile("srp")
 
 TIERS = ("bronze", "silver", "gold", "platinum")
 EXPERTS = ("A", "B", "C", "D", "E")

@@ -1,4 +1,4 @@
-"""What a process has counted, and the sum over several."""
+"""What one process has counted, and the sum of several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNTS = Counts(
 )
 
 
-def test_counts_add_up() -> None:
+def test_counts_of_living_and_ended_processes_add_up() -> None:
     tally, sizes = Tally(), CacheSizes()
     policy = parse_policy(POLICY, key_files=False)
     tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), 0.0)
@@ -27,6 +27,6 @@ def test_counts_add_up() -> None:
     assert (total.checks, total.leases, total.latency_sum) == (5, 2, one.latency_sum + 1.0)
     assert total.experts == {"A": 5, "B": 1}
     assert total.condition_errors == {"clearance[0]": 1}
-    assert total.caches["tokens"] == CacheUsage(1, 4, 6, 8)  # what was in the memory of the one that ended is gone
+    assert total.caches["tokens"] == CacheUsage(1, 4, 6, 8)  # the entries of the one that ended are gone
     assert total.caches.keys() == set(CACHES)
     assert add_up([]) == add_up([Counts()])

@@ -1,4 +1,4 @@
-"""The decision log: what a record holds and does not, and a file that survives what files go through."""
+"""The decision log: what a record contains and what not, and a file that survives what happens to files."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.harness.authorization import authorization, load_policy, snapshot
 from tests.harness.checks import check_request, client_headers, token
 from tests.harness.waiting import wait_for
 
-# ---- what a record holds ---------------------------------------------------------------------------------------------
+# ---- a record --------------------------------------------------------------------------------------------------------
 
 
 def record(policy: Policy, *calls: bytes) -> list[dict[str, Any]]:
-    """What the log holds after these Check calls."""
+    """The log's records after these Check calls."""
     lines: list[bytes] = []
     it, writer = authorization(policy), RecordWriter()
 
@@ -68,12 +68,16 @@ RECORDS = [
         "verdict": "allow", "serve": ["C"], "tier": "high", **PREMIUM,
     }),
     ("downgraded", check_request("A", "C"), {"verdict": "downgrade", "reason": "tier_too_low", "serve": ["A"]}),
-    ("forbidden to", check_request("A", "C", x_srp_downgrade="never"), {"reason": "downgrade_forbidden", "downgrade": False}),
+    ("forbidden", check_request("A", "C", x_srp_downgrade="never"), {
+        "reason": "downgrade_forbidden", "downgrade": False,
+    }),
     ("unknown names are kept", check_request("X", "A"), {"verdict": "allow", "requested": ["A", "X"], "serve": ["A"]}),
     ("only unknown names", check_request("X"), {"verdict": "deny", "reason": "unknown_expert", "requested": ["X"]}),
     ("the default", check_request(path="/route"), {"requested": ["A", "B"], "path": "/route"}),
     ("no query", check_request("A", path="/x?access_token=secret"), {"path": "/x"}),
-    ("bad gate", check_request(path="/route", body=b"{"), {"reason": "bad_gate", "requested": None, "serve": [], **NOBODY}),
+    ("bad gate", check_request(path="/route", body=b"{"), {
+        "reason": "bad_gate", "requested": None, "serve": [], **NOBODY,
+    }),
     ("bad token", check_request("A", caller="garbage"), {
         "verdict": "deny", "reason": "invalid_token", "requested": None, "tier": None, "anonymous": False,
         "claims": None,
@@ -91,15 +95,15 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("call", "expected"), [r[1:] for r in RECORDS], ids=[r[0] for r in RECORDS])
-def test_a_record_tells_the_decision(tmp_path: Path, call: bytes, expected: dict[str, Any]) -> None:
-    """And carries the id and the digest that the answer carries."""
-    (told_of,) = record(load_policy(tmp_path), call)
-    assert told_of | expected == told_of
-    assert time.time() - 60 < told_of["time"] < time.time() + 60
+def test_a_record_describes_the_decision(tmp_path: Path, call: bytes, expected: dict[str, Any]) -> None:
+    """And has the id and the digest that the answer has."""
+    (found,) = record(load_policy(tmp_path), call)
+    assert found | expected == found
+    assert time.time() - 60 < found["time"] < time.time() + 60
 
 
-def test_a_decision_of_no_policy_is_logged_under_the_one_in_force(tmp_path: Path) -> None:
-    """An internal error is the same decision whatever the policy."""
+def test_a_decision_without_a_policy_is_logged_under_the_one_in_force(tmp_path: Path) -> None:
+    """An internal error is one decision, whatever the policy."""
     policy, writer = load_policy(tmp_path), RecordWriter()
     for digest in ("one", "two"):
         snapshot = Snapshot(replace(policy, digest=digest))
@@ -108,34 +112,34 @@ def test_a_decision_of_no_policy_is_logged_under_the_one_in_force(tmp_path: Path
 
 
 def test_a_record_can_be_read_back(tmp_path: Path) -> None:
-    """Every record is a Record, whatever the decision was."""
-    for told_of in record(load_policy(tmp_path), *(call for _, call, _ in RECORDS)):
-        read = Record.read(json.dumps(told_of).encode())
-        assert read.verdict == told_of["verdict"]
-        assert read.requested == (None if told_of["requested"] is None else tuple(told_of["requested"]))
+    """Whatever the decision was."""
+    for written in record(load_policy(tmp_path), *(call for _, call, _ in RECORDS)):
+        read = Record.read(json.dumps(written).encode())
+        assert read.verdict == written["verdict"]
+        assert read.requested == (None if written["requested"] is None else tuple(written["requested"]))
 
 
-def test_nothing_of_token_header_body_or_other_claims_is_in_it(tmp_path: Path) -> None:
-    """Only what the policy lists of the claims, nothing of what carried them."""
+def test_a_record_has_nothing_of_token_headers_body_or_other_claims(tmp_path: Path) -> None:
+    """Only the claims that the policy lists."""
     caller = token(plan="premium", email="ada@example.com", sub="secret-subject")
     call = check_request("C", caller=caller, path="/x?q=secret-query", body=b"secret-body", x_secret="secret-header")
     text = json.dumps(record(load_policy(tmp_path), call, check_request("C", caller=caller + "x")))
     assert not [part for part in ("secret", "example", *caller.split(".")) if part in text]
 
 
-def test_the_same_decision_and_caller_are_written_anew_each_time(tmp_path: Path) -> None:
-    """What is kept of a record is not its id, its time, or its caller's claims."""
+def test_records_of_the_same_decision_have_their_own_ids_and_claims(tmp_path: Path) -> None:
+    """What is cached of a record excludes its id, its time and its caller's claims."""
     calls = [
         check_request("A", caller=token(plan="free")),
         check_request("A", caller=token(plan="premium")),
         check_request("A", caller=token(plan="free")),
     ]
-    told_of = record(load_policy(tmp_path), *calls, *calls)
-    assert [t["claims"]["plan"] for t in told_of] == ["free", "premium", "free"] * 2
-    assert len({t["decision_id"] for t in told_of}) == 6
+    found = record(load_policy(tmp_path), *calls, *calls)
+    assert [r["claims"]["plan"] for r in found] == ["free", "premium", "free"] * 2
+    assert len({r["decision_id"] for r in found}) == 6
 
 
-def test_the_shadow_s_opinion_is_in_it(tmp_path: Path) -> None:
+def test_a_record_has_the_shadow_policys_difference(tmp_path: Path) -> None:
     """`shadow` names the difference, and is absent without a shadow policy."""
     epoch = snapshot(load_policy(tmp_path))
     made = Decision(Verdict.DENY, Reason.BAD_GATE)
@@ -152,8 +156,7 @@ NO_RECORDS = [
 
 
 @pytest.mark.parametrize("line", NO_RECORDS)
-def test_what_is_no_record_is_a_value_error(line: bytes) -> None:
-    """Never another error."""
+def test_anything_but_a_record_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a decision record"):
         Record.read(line)
 
@@ -167,7 +170,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("member", "value"), WRONG)
-def test_a_member_of_the_wrong_type_is_no_record(tmp_path: Path, member: str, value: Any) -> None:
+def test_a_member_of_the_wrong_type_is_a_value_error(tmp_path: Path, member: str, value: Any) -> None:
     """A log may have been edited."""
     (good,) = record(load_policy(tmp_path), check_request("A"))
     with pytest.raises(ValueError, match="not a decision record"):
@@ -195,8 +198,8 @@ def numbers(path: Path) -> list[int]:
     return [json.loads(text)["n"] for text in path.read_text().splitlines()]
 
 
-def test_lines_come_in_order_and_closing_writes_the_rest(tmp_path: Path) -> None:
-    """Nothing is lost that was added before the end."""
+def test_lines_are_in_order_and_closing_writes_the_rest(tmp_path: Path) -> None:
+    """Nothing is lost."""
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         for n in range(1000):
@@ -205,8 +208,8 @@ def test_lines_come_in_order_and_closing_writes_the_rest(tmp_path: Path) -> None
     assert log.counts == {"written": 1000, "dropped": 0, "failed": 0}
 
 
-def test_lines_are_written_while_it_runs(tmp_path: Path) -> None:
-    """A line is in the file within a moment; the file is for its owner only."""
+def test_lines_are_written_while_the_log_is_open(tmp_path: Path) -> None:
+    """Within a moment; only the owner can read the file."""
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         log.add(line(1))
@@ -215,8 +218,8 @@ def test_lines_are_written_while_it_runs(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_file_of_before_goes_on_and_becomes_private(tmp_path: Path) -> None:
-    """A restart appends; a line that was cut short is ended, so that the next is whole."""
+def test_an_existing_file_is_continued_and_made_private(tmp_path: Path) -> None:
+    """An incomplete last line is ended, so that the next one is complete."""
     path = tmp_path / "decisions.jsonl"
     path.write_bytes(line(1) + b'{"n":00')
     path.chmod(0o644)
@@ -226,8 +229,8 @@ def test_a_file_of_before_goes_on_and_becomes_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_it_turns_over_by_size_and_keeps_the_newest(tmp_path: Path) -> None:
-    """No file is over the size; FILE is the newest, FILE.1 the one before; older ones go."""
+def test_a_log_rotates_by_size_and_keeps_the_newest_files(tmp_path: Path) -> None:
+    """No file exceeds the size; FILE is the newest, FILE.1 the one before; older ones are deleted."""
     path = tmp_path / "decisions.jsonl"
     size = 10 * len(line(0))
     with started(path, max_bytes=size, keep=2) as log:
@@ -240,8 +243,8 @@ def test_it_turns_over_by_size_and_keeps_the_newest(tmp_path: Path) -> None:
     assert log.written == 95
 
 
-def test_without_older_files_it_begins_again(tmp_path: Path) -> None:
-    """`keep` 0: only FILE."""
+def test_without_older_files_a_log_starts_over(tmp_path: Path) -> None:
+    """`keep` 0: there is only FILE."""
     path = tmp_path / "decisions.jsonl"
     with started(path, max_bytes=len(line(0)), keep=0) as log:
         for n in range(5):
@@ -250,8 +253,8 @@ def test_without_older_files_it_begins_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_line_longer_than_a_file_is_written_all_the_same(tmp_path: Path) -> None:
-    """In a file of its own."""
+def test_a_line_longer_than_a_file_is_still_written(tmp_path: Path) -> None:
+    """In its own file."""
     path = tmp_path / "decisions.jsonl"
     with started(path, max_bytes=20) as log:
         for text in (line(1), b"x" * 50 + b"\n", line(2)):
@@ -260,8 +263,8 @@ def test_a_line_longer_than_a_file_is_written_all_the_same(tmp_path: Path) -> No
     assert (tmp_path / "decisions.jsonl.1").read_bytes() == b"x" * 50 + b"\n"
 
 
-def test_a_file_that_is_taken_away_is_begun_anew(tmp_path: Path) -> None:
-    """Somebody else may turn the file over, too."""
+def test_a_file_that_is_moved_away_is_created_again(tmp_path: Path) -> None:
+    """Another program may rotate it, too."""
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
         log.add(line(1))
@@ -271,12 +274,12 @@ def test_a_file_that_is_taken_away_is_begun_anew(tmp_path: Path) -> None:
     assert (numbers(tmp_path / "away"), numbers(path)) == ([1], [2])
 
 
-def test_too_much_at_once_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory that waits for the disk is bounded, and add() returns at once."""
+def test_lines_that_come_too_fast_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the disk is bounded, and add() returns at once."""
     monkeypatch.setattr(module, "MAX_PENDING", 100 * len(line(0)))
     path = tmp_path / "decisions.jsonl"
     log = DecisionLog(path, 1 << 20, 1)
-    for n in range(150):  # nobody takes them yet
+    for n in range(150):  # not written yet
         log.add(line(n))
     log.start()
     log.close()
@@ -286,7 +289,7 @@ def test_too_much_at_once_is_dropped_and_counted(tmp_path: Path, monkeypatch: py
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file of this process grows over `size` bytes: write() fails half way, as on a full disk."""
+    """No file of this process can exceed `size` bytes: write() fails halfway, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -297,8 +300,10 @@ def full_disk(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_loses_records_and_leaves_no_half_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Counted, told once, and over when there is room again."""
+def test_a_full_disk_loses_records_and_leaves_no_incomplete_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are counted and logged once; it is over when there is room again."""
     caplog.set_level(logging.WARNING)
     path = tmp_path / "decisions.jsonl"
     with started(path) as log:
@@ -316,8 +321,8 @@ def test_a_full_disk_loses_records_and_leaves_no_half_line(tmp_path: Path, caplo
     assert "writing works again; 2 records were lost" in second
 
 
-def test_a_folder_that_goes_away_comes_back(tmp_path: Path) -> None:
-    """What cannot be opened is tried again with the next lines."""
+def test_a_folder_that_is_created_again_is_written_to(tmp_path: Path) -> None:
+    """Opening is tried again with the next lines."""
     folder = tmp_path / "logs"
     folder.mkdir()
     with started(folder / "decisions.jsonl") as log:
@@ -332,8 +337,7 @@ def test_a_folder_that_goes_away_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "no folder"])
-def test_what_is_no_file_is_refused_at_start(tmp_path: Path, what: str) -> None:
-    """OSError, at once."""
+def test_a_path_that_cannot_be_a_log_is_refused_at_the_start(tmp_path: Path, what: str) -> None:
     path = tmp_path / "it"
     if what == "folder":
         path.mkdir()
@@ -345,8 +349,7 @@ def test_what_is_no_file_is_refused_at_start(tmp_path: Path, what: str) -> None:
         DecisionLog(path, 1000, 1).start()
 
 
-def test_the_witness_writes_what_the_server_decides(tmp_path: Path) -> None:
-    """Check by Check, through a real log."""
+def test_every_check_is_written(tmp_path: Path) -> None:
     policy, path = load_policy(tmp_path), tmp_path / "decisions.jsonl"
 
     async def make() -> None:

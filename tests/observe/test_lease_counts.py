@@ -1,4 +1,4 @@
-"""What Envoy counts of leases, in `/status`, `srp status` and `/metrics`; and what they tell when Envoy does not."""
+"""The lease counters that are fetched from Envoy, and what is shown when they cannot be."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def page(**counts: Any) -> bytes:
     return json.dumps({"stats": [{"name": f"http.http.{k}", "value": v} for k, v in counts.items()]}).encode()
 
 
-def test_what_was_not_counted_yet_is_0() -> None:
-    """Envoy has a counter from its first count on. A histogram among them is none of ours."""
+def test_a_missing_counter_is_0() -> None:
+    """Envoy creates a counter with its first count. Histograms are ignored."""
     assert parse(b'{"stats": []}') == LeaseCounts()
     assert parse(page(**{"lua.lease.hits": 3, "ext_authz.disabled": 5})) == LeaseCounts(hits=3, repeated=5)
     assert parse(b'{"stats": [{"histograms": {}}]}') == LeaseCounts()
@@ -46,8 +46,8 @@ NO_PAGE = [
 
 
 @pytest.mark.parametrize("body", NO_PAGE, ids=lambda b: repr(b[:40]))
-def test_another_page_is_told_as_such(body: bytes) -> None:
-    """Whatever is on that port."""
+def test_any_other_page_is_a_counts_error(body: bytes) -> None:
+    """Whatever listens on that port."""
     with pytest.raises(CountsError):
         parse(body)
 
@@ -56,7 +56,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 async def refreshed(handler: Handler | None) -> LeaseCounter:
-    """A counter that has just asked such an Envoy; None: nobody listens."""
+    """A counter that has just asked an Envoy with this handler; None: nothing listens there."""
     (port,) = free_ports(1)
     counter = LeaseCounter((HOST, port))
     server = web.Server(handler) if handler else None  # type: ignore[arg-type]
@@ -108,20 +108,20 @@ FAILURES: list[tuple[Handler | None, str]] = [
 
 
 @pytest.mark.parametrize(("handler", "error"), FAILURES, ids=[e for _, e in FAILURES])
-def test_a_failure_is_told_and_nothing_else(
+def test_a_failure_is_reported_without_counts(
     handler: Handler | None, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In time, and with no count that may be out of date."""
+    """In time, and without counts that may be out of date."""
     monkeypatch.setattr(lease_counts, "TIMEOUT", 0.2)
     counter = asyncio.run(refreshed(handler))
-    told = counter.report()
-    assert told["envoy"] is None
-    assert error in told["error"]
+    found = counter.report()
+    assert found["envoy"] is None
+    assert error in found["error"]
     assert [(f.name, f.samples[0].value) for f in counter.families()] == [("srp_lease_counts_error", 1)]
 
 
-def test_counts_as_envoy_has_them() -> None:
-    """One GET of one page."""
+def test_counts_are_reported_as_envoy_has_them() -> None:
+    """With one GET of one page."""
     counter = asyncio.run(refreshed(good))
     assert counter.report() == {
         "envoy": {"hits": 7, "misses": 0, "stores": 0, "evictions": 0, "errors": 0, "repeated": 0},
@@ -130,8 +130,8 @@ def test_counts_as_envoy_has_them() -> None:
     assert {f.name: f.samples[0].value for f in counter.families()}["srp_lease_hits"] == 7
 
 
-def test_without_an_address_nothing_is_asked() -> None:
-    """`--envoy-admin off`: unknown, and no error."""
+def test_without_an_address_no_request_is_made() -> None:
+    """`--envoy-admin off`: the counts are unknown, without an error."""
     counter = LeaseCounter(None)
     asyncio.run(counter.refresh())
     assert counter.report() == {"envoy": None, "error": None}

@@ -9,7 +9,7 @@ from ext_authz.observe.metrics import BUCKETS, Tally, gauge, registry
 
 
 def test_metrics_are_prometheus_text() -> None:
-    """Counts come out under their names, buckets are cumulative, and what happened falls into its bucket."""
+    """With counts under their names and cumulative buckets."""
     tally = Tally()
     for seconds in (0.00001, 0.0002, 0.0002, 9.0):
         tally.decided(Decision(Verdict.ALLOW, Reason.PERMITTED, serve=("A", "B")), seconds)
@@ -34,7 +34,7 @@ def test_metrics_are_prometheus_text() -> None:
 
 
 def test_an_empty_tally_is_valid_text() -> None:
-    """Before the first decision every family is there, empty or zero."""
+    """Before the first decision, every family is there, empty or zero."""
     text = generate_latest(registry(Tally().families)).decode()
     for name in ("srp_decisions", "srp_candidates", "srp_condition_errors", "srp_rpc_errors", "srp_check_seconds"):
         assert f"# TYPE {name}" in text

@@ -16,7 +16,7 @@ GET = Request("GET", "/", {})
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """Experts with odd numbers are high, the others low; so are the tiers that the rules give to plans by number."""
+    """Odd-numbered experts are high and downgrade to the one before; rules clear odd-numbered plans for high."""
     lines = ["version: 1", "tiers: [low, high]", "anonymous: low", "clearance:"]
     lines += [f"  - {{when: 'claims.plan == {n}', tier: {'high' if n % 2 else 'low'}}}" for n in range(MAX_CLEARANCE)]
     lines += ["experts:"]

@@ -1,4 +1,4 @@
-"""The server: Check on bytes, fresh keys within bounds, and a real gRPC server on a Unix socket."""
+"""The server: Check on bytes, a limited wait for fresh keys, and a real gRPC server on a Unix socket."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ POLICY = Policy(
 
 
 def epoch(policy: Policy = POLICY, *names: str) -> Epoch:
-    """An epoch of `policy` with the ES256 keys of `names`, or with no keys at all."""
+    """An epoch of `policy` with the ES256 keys of `names`, or without any keys."""
     keys = tuple(key for name in names for key in parse_jwks(tokens.jwks("ES256", name=name)).keys)
     return Epoch.of(Snapshot(policy, {ISSUER: keys} if keys else {}))
 
@@ -132,7 +132,7 @@ CHECKS = [
 
 @pytest.mark.parametrize(("data", "status", "reason"), [c[1:] for c in CHECKS], ids=[c[0] for c in CHECKS])
 def test_check_answers_bytes_with_bytes(data: Callable[[], bytes], status: int, reason: str) -> None:
-    """Each CheckRequest has its CheckResponse, and each decision is counted once."""
+    """And each decision is counted once."""
     service, tally = authorization(epoch(POLICY, ""))
     assert answer(asyncio.run(service.check(data()))) == (status, reason)
     verdict = "deny" if status != 200 else "allow" if reason == "permitted" else "downgrade"
@@ -143,14 +143,14 @@ def test_check_answers_bytes_with_bytes(data: Callable[[], bytes], status: int, 
 
 
 class Broken(dict[str, Any]):
-    """A mapping that fails when it is read, and tells the secret it was asked for."""
+    """A mapping that fails when it is read, with a secret in its message."""
 
     def get(self, key: str, default: Any = None) -> Any:
         raise RuntimeError(f"the token is {key} secret-of-the-request")
 
 
-def test_an_unexpected_error_is_a_denial_that_keeps_the_secret(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever breaks, the answer is 500, the error is counted, and the log has its place and type, not its text."""
+def test_an_unexpected_error_is_a_denial_that_leaks_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """The answer is 500, the error is counted, and the log has its place and type but not its text."""
     service, tally = authorization(epoch(replace(POLICY, issuers=Broken())))
     data = check_request(authorization=bearer())
     with caplog.at_level(logging.DEBUG):
@@ -165,8 +165,8 @@ def test_an_unexpected_error_is_a_denial_that_keeps_the_secret(caplog: pytest.Lo
     assert record.exc_info is None
 
 
-def test_an_allowed_request_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Nor does a denial: the audit trail is the access log."""
+def test_allowed_and_denied_requests_log_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The audit trail is the access log."""
     service, _ = authorization(epoch(POLICY, ""))
     with caplog.at_level(logging.DEBUG, logger="srp"):
         for data in (check_request(), check_request(x_expert_names="C"), check_request(authorization="Bearer x")):
@@ -175,7 +175,6 @@ def test_an_allowed_request_logs_nothing(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_condition_errors_are_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A rule that fails is counted for every decision it could not help, and warned of once."""
     service, tally = authorization(epoch(POLICY, ""))
     data = check_request(authorization=bearer())  # without a plan: the clearance rule fails
     with caplog.at_level(logging.WARNING):
@@ -188,7 +187,7 @@ def test_condition_errors_are_counted_each_time_and_logged_once(caplog: pytest.L
 
 
 def test_a_witness_sees_each_decision_after_its_answer() -> None:
-    """It gets the request, the decision and the id that the client was told; if it fails, the answer stands."""
+    """With the request, the decision and the id that the client got; if the witness fails, the answer stands."""
     seen: list[tuple[Request, Decision, str]] = []
     service, _ = authorization()
 
@@ -213,18 +212,17 @@ def test_a_witness_sees_each_decision_after_its_answer() -> None:
 
 
 def test_an_unknown_kid_asks_for_fresh_keys_once() -> None:
-    """The keys that come make a new epoch, and the token is judged by it."""
+    """Fresh keys make a new epoch, which verifies the token."""
     keys = Keys(lambda: setattr(service, "epoch", epoch(replace(POLICY, digest="d2"), "", "new")))
     service, tally = authorization(epoch(POLICY, ""), keys)
     data = asyncio.run(service.check(check_request(authorization=bearer("new"))))
     assert answer(data) == (200, "permitted")
     assert keys.asked == [ISSUER]
-    assert b"d2" in data  # the writer is the new epoch's too
+    assert b"d2" in data  # the new epoch's writer
     assert dict(tally.decisions) == {(Verdict.ALLOW, Reason.PERMITTED): 1}
 
 
-def test_a_new_policy_that_comes_meanwhile_decides() -> None:
-    """What is decided after the wait is decided by the policy of then."""
+def test_a_policy_that_arrives_during_the_wait_decides() -> None:
     stricter = replace(POLICY, experts={"A": Expert("A", 1, "expert-a")})
     keys = Keys(lambda: setattr(service, "epoch", epoch(stricter, "new")))
     service, _ = authorization(epoch(POLICY, ""), keys)
@@ -239,18 +237,17 @@ STALE = [
 
 
 @pytest.mark.parametrize(("known", "token", "status", "reason"), [s[1:] for s in STALE], ids=[s[0] for s in STALE])
-def test_without_fresh_keys_it_is_denied_after_one_attempt(
+def test_without_fresh_keys_a_check_is_denied_after_one_attempt(
     known: tuple[str, ...], token: Callable[[], str], status: int, reason: str
 ) -> None:
-    """One refresh, one more look, then the refusal."""
     keys = Keys()
     service, _ = authorization(epoch(POLICY, *known), keys)
     assert answer(asyncio.run(service.check(check_request(authorization=token())))) == (status, reason)
     assert keys.asked == [ISSUER]
 
 
-def test_tokens_that_no_key_could_save_ask_for_none() -> None:
-    """Bad form, strange issuers and bad signatures cost the issuer nothing."""
+def test_tokens_that_no_key_could_verify_ask_for_none() -> None:
+    """Malformed tokens, unknown issuers and bad signatures cost the issuer nothing."""
     keys = Keys()
     service, _ = authorization(epoch(POLICY, ""), keys)
     for token in ("Bearer x", bearer(iss="https://stranger.example.com/"), bearer()[:-8] + "AAAAAAAA", bearer(exp=1)):
@@ -259,8 +256,8 @@ def test_tokens_that_no_key_could_save_ask_for_none() -> None:
     assert keys.asked == []
 
 
-def test_a_refresh_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check waits KEY_WAIT seconds at most, and the wait is within Envoy's 0.5 s."""
+def test_a_refresh_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check waits at most KEY_WAIT seconds, less than Envoy's timeout of 0.5 s."""
     assert authorization_module.KEY_WAIT < 0.5
     monkeypatch.setattr(authorization_module, "KEY_WAIT", 0.05)
     keys = Keys(lambda: asyncio.sleep(60))
@@ -272,7 +269,7 @@ def test_a_refresh_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_refresh_that_fails_is_a_denial() -> None:
-    """An error of the key store is an unexpected one: 500, never a pass."""
+    """An error of the key store is unexpected: 500."""
 
     def fail() -> None:
         raise OSError("connection to secret-host refused")
@@ -282,8 +279,8 @@ def test_a_refresh_that_fails_is_a_denial() -> None:
     assert tally.rpc_errors == 1
 
 
-def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
-    """Over MAX_WAITING of them nobody waits for keys: the answer is that of the keys at hand."""
+def test_a_flood_of_unknown_key_ids_does_not_block_other_checks() -> None:
+    """Above MAX_WAITING of them, no more wait for keys: the keys at hand decide."""
 
     async def run() -> None:
         gate = asyncio.Event()
@@ -306,7 +303,6 @@ def test_a_flood_of_unknown_key_ids_does_not_hold_all_checks() -> None:
 
 
 def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one check waits for keys, another is answered."""
     monkeypatch.setattr(authorization_module, "KEY_WAIT", 5)
 
     async def run() -> None:
@@ -327,7 +323,7 @@ def test_checks_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """Where a socket may be: a short path, as sockets need."""
+    """A path for a socket, which must be short."""
     with tempfile.TemporaryDirectory(prefix="srp") as folder:
         yield Path(folder) / "s.sock"
 
@@ -364,7 +360,7 @@ async def health(channel: Any, service: str = "") -> str:
 
 
 def test_a_real_server_answers_on_its_socket(path: Path) -> None:
-    """Check and health over gRPC; garbage is answered too; the socket is nobody's but owner's and group's."""
+    """Check and health over gRPC; garbage gets an answer, too; only owner and group may use the socket."""
 
     async def run() -> None:
         async with serving(path) as (server, channel):
@@ -384,7 +380,7 @@ def test_a_real_server_answers_on_its_socket(path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o117])
 def test_the_sockets_mode_does_not_depend_on_the_umask(path: Path, mask: int) -> None:
-    """At most 0660 whatever the umask, and the umask is as before afterwards."""
+    """It is at most 0660, and the umask is restored."""
 
     async def run() -> int:
         async with serving(path):
@@ -399,7 +395,7 @@ def test_the_sockets_mode_does_not_depend_on_the_umask(path: Path, mask: int) ->
 
 
 def test_a_message_that_is_too_large_is_refused(path: Path) -> None:
-    """Above MAX_MESSAGE gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
+    """Above MAX_MESSAGE, gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
 
     async def run() -> None:
         async with serving(path) as (_, channel):
@@ -410,8 +406,7 @@ def test_a_message_that_is_too_large_is_refused(path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_method_that_is_not_there(path: Path) -> None:
-    """Only Check and health are served here."""
+def test_a_method_other_than_check_and_health_is_unimplemented(path: Path) -> None:
 
     async def run() -> None:
         async with serving(path) as (_, channel):
@@ -423,13 +418,12 @@ def test_a_method_that_is_not_there(path: Path) -> None:
 
 
 def stale_socket(path: Path) -> None:
-    """What a killed server leaves behind."""
+    """The socket that a killed server leaves behind."""
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
 
 
 def test_a_stale_socket_is_replaced(path: Path) -> None:
-    """A socket on which nobody listens is in nobody's use."""
     stale_socket(path)
 
     async def run() -> None:
@@ -440,7 +434,7 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
 
 
 def test_a_socket_in_use_is_left_alone(path: Path) -> None:
-    """A second server does not take the socket of the first, and says why."""
+    """The second server says why it cannot start."""
 
     async def run() -> None:
         async with serving(path) as (_, channel):
@@ -465,8 +459,8 @@ IN_THE_WAY: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("make", "error"), [i[1:] for i in IN_THE_WAY], ids=[i[0] for i in IN_THE_WAY])
-def test_what_is_no_socket_is_left_alone(path: Path, make: Callable[[Path], Any], error: str) -> None:
-    """OSError, and the thing in the way is still there."""
+def test_anything_but_a_socket_is_left_alone(path: Path, make: Callable[[Path], Any], error: str) -> None:
+    """With OSError."""
     make(path)
     with pytest.raises(OSError, match=error):
         asyncio.run(start(f"unix:{path}"))
@@ -481,14 +475,13 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize(("listen", "error"), [a[1:] for a in ADDRESSES], ids=[a[0] for a in ADDRESSES])
-def test_addresses_that_cannot_be_had(listen: str, error: str) -> None:
-    """OSError that names the address."""
+def test_an_address_that_cannot_be_used_is_named(listen: str, error: str) -> None:
     with pytest.raises(OSError, match=error):
         asyncio.run(start(listen))
 
 
-def test_a_port_of_its_own() -> None:
-    """Port 0 takes a free one, and `address` tells which; two servers cannot share it."""
+def test_port_0_takes_a_free_port() -> None:
+    """Two servers cannot share a port."""
 
     async def run() -> None:
         server = Server("127.0.0.1:0", authorization()[0].handlers())
@@ -505,8 +498,8 @@ def test_a_port_of_its_own() -> None:
     asyncio.run(run())
 
 
-def test_stop_lets_what_runs_finish(path: Path) -> None:
-    """A check under way is answered, a new one is not taken, and the socket is gone from the start of the drain."""
+def test_stop_lets_running_checks_finish(path: Path) -> None:
+    """New checks are not accepted, and the socket is removed at the start of the drain."""
 
     async def run() -> None:
         keys = SlowKeys()
@@ -514,7 +507,7 @@ def test_stop_lets_what_runs_finish(path: Path) -> None:
             running = await slow_check(channel, keys)
             stopping = asyncio.create_task(server.stop(5))
             await until(lambda: not path.exists(), "the socket to go", seconds=5)
-            stale_socket(path)  # the next server's, which stopping must not touch
+            stale_socket(path)  # of the next server; stopping must not touch it
             assert not stopping.done()
             keys.gate.set()
             assert answer(await running) == (401, "invalid_token")
@@ -527,7 +520,7 @@ def test_stop_lets_what_runs_finish(path: Path) -> None:
 
 
 def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
-    """Beyond `max_concurrent` gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
+    """Above `max_concurrent`, gRPC answers RESOURCE_EXHAUSTED, which Envoy takes for an error: 503."""
 
     async def run() -> None:
         keys = SlowKeys()
@@ -545,7 +538,7 @@ def test_more_checks_than_allowed_are_refused_at_once(path: Path) -> None:
 
 
 def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that does not end is cut off."""
+    """A check that does not end in time is cut off."""
     monkeypatch.setattr(authorization_module, "KEY_WAIT", 60)
 
     async def run() -> None:
@@ -563,6 +556,5 @@ def test_stop_does_not_wait_beyond_its_grace(path: Path, monkeypatch: pytest.Mon
     ("listen", "path"),
     [("unix:/run/a.sock", "/run/a.sock"), ("unix:///run/a.sock", "/run/a.sock"), ("127.0.0.1:0", None)],
 )
-def test_unix_path(listen: str, path: str | None) -> None:
-    """The path of a `unix:` address, in either of its forms."""
+def test_both_forms_of_a_unix_address_have_a_path(listen: str, path: str | None) -> None:
     assert unix_path(listen) == (None if path is None else Path(path))

@@ -1,4 +1,4 @@
-"""What an owner and a worker say to each other, and what either makes of anything else."""
+"""What an owner and a worker send to each other, and what they make of anything else."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ TO_OWNER: list[frames.ToOwner] = [
 ]
 
 
-def heard(read: Callable[[asyncio.StreamReader], Awaitable[T]], data: bytes, times: int = 1) -> list[T]:
-    """What `read` makes of `data`, with nothing after it."""
+def received(read: Callable[[asyncio.StreamReader], Awaitable[T]], data: bytes, times: int = 1) -> list[T]:
+    """What `read` returns for `data` and the end of the stream."""
 
     async def play() -> list[T]:
         reader = asyncio.StreamReader()
@@ -79,13 +79,13 @@ def framed(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("message", TO_WORKER, ids=lambda m: m.kind)
-def test_a_worker_hears_what_was_said(message: frames.ToWorker) -> None:
-    assert heard(read_to_worker, frame(message) * 2, 3) == [message, message, None]
+def test_a_worker_receives_what_was_sent(message: frames.ToWorker) -> None:
+    assert received(read_to_worker, frame(message) * 2, 3) == [message, message, None]
 
 
 @pytest.mark.parametrize("message", TO_OWNER, ids=lambda m: m.kind)
-def test_an_owner_hears_what_was_said(message: frames.ToOwner) -> None:
-    assert heard(read_to_owner, frame(message)) == [message]
+def test_an_owner_receives_what_was_sent(message: frames.ToOwner) -> None:
+    assert received(read_to_owner, frame(message)) == [message]
 
 
 BAD = [
@@ -102,17 +102,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("data", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_what_is_no_message_is_refused(data: bytes, message: str) -> None:
+def test_anything_but_a_message_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(BadFrame, match=message):
-        heard(read_to_worker, data)
+        received(read_to_worker, data)
 
 
 @pytest.mark.parametrize("cut", [b"", b"\0\0", framed(b"{}")[:-1]])
-def test_a_frame_that_breaks_off_is_the_end(cut: bytes) -> None:
-    assert heard(read_to_owner, cut) == [None]
+def test_an_incomplete_frame_is_the_end(cut: bytes) -> None:
+    assert received(read_to_owner, cut) == [None]
 
 
-def test_no_frame_is_too_long_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_frame_is_sent_that_is_too_long_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MAX_FRAME", 100)
     with pytest.raises(BadFrame, match="at most 100 are allowed"):
         frame(frames.Compiled("d" * 100))
@@ -122,7 +122,7 @@ def test_counts_with_other_buckets_are_refused() -> None:
     text = json.loads(frame(frames.Counted(1, COUNTS))[4:])
     text["counts"]["latency"] = [1]
     with pytest.raises(BadFrame):
-        heard(read_to_owner, framed(json.dumps(text).encode()))
+        received(read_to_owner, framed(json.dumps(text).encode()))
 
 
 # ---- a worker's process ----
@@ -137,10 +137,10 @@ class Owner:
         self.link.settimeout(20)
         self._file = self.link.makefile("rb")
 
-    def say(self, *messages: frames.ToWorker) -> None:
+    def send(self, *messages: frames.ToWorker) -> None:
         self.link.sendall(b"".join(map(frame, messages)))
 
-    def hear(self) -> frames.ToOwner:
+    def receive(self) -> frames.ToOwner:
         length = int.from_bytes(self._file.read(4), "big")
         return frames.TO_OWNER.validate_json(self._file.read(length))
 
@@ -178,7 +178,7 @@ def install(order: int, *names: str, epoch: int = 1, grants: bool = False) -> fr
 
 
 def reason(listen: Path, caller: str | None) -> str:
-    """Why a worker lets, or does not let, a caller have C."""
+    """The reason of a worker's decision on a request for C."""
 
     async def play() -> bytes:
         async with grpc.aio.insecure_channel(f"unix:{listen}") as channel:
@@ -188,44 +188,44 @@ def reason(listen: Path, caller: str | None) -> str:
 
 
 def test_a_worker_does_what_its_owner_says(owner: Owner, tmp_path: Path) -> None:
-    """It listens when it is told to, decides by the newest epoch, asks for keys that it does not know, and drains."""
+    """It listens on command, decides by the newest epoch, asks for unknown keys, and drains."""
     caller = tokens.sign(tokens.claims(plan="premium"), name="new")
-    owner.say(start(owner), install(1, "old"), policy_text(tmp_path))
-    assert owner.hear() == frames.Compiled(DIGEST)  # before the epoch, which waits for its policy
-    assert owner.hear() == frames.Installed(1, 1)
+    owner.send(start(owner), install(1, "old"), policy_text(tmp_path))
+    assert owner.receive() == frames.Compiled(DIGEST)  # comes before the epoch, which waits for its policy
+    assert owner.receive() == frames.Installed(1, 1)
     assert not owner.listen.exists()
-    owner.say(frames.Listen())
-    assert owner.hear() == frames.Listening()
+    owner.send(frames.Listen())
+    assert owner.receive() == frames.Listening()
     assert owner.listen.stat().st_mode & 0o777 == 0o660
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(reason, owner.listen, caller)
-        assert owner.hear() == frames.Refresh(tokens.ISSUER)
-        owner.say(install(2, "new", epoch=2), frames.Refreshed(tokens.ISSUER))
-        assert owner.hear() == frames.Installed(2, 2)
+        assert owner.receive() == frames.Refresh(tokens.ISSUER)
+        owner.send(install(2, "new", epoch=2), frames.Refreshed(tokens.ISSUER))
+        assert owner.receive() == frames.Installed(2, 2)
         assert answer.result() == "permitted"
-    owner.say(frames.Poll(5), frames.Poll(6))
-    counts = owner.hear()
+    owner.send(frames.Poll(5), frames.Poll(6))
+    counts = owner.receive()
     assert isinstance(counts, frames.Counted)
     assert counts.counts is not None
     assert (counts.order, counts.counts.decisions) == (5, (("allow", "permitted", 1),))
-    assert owner.hear() == frames.Counted(6, None)
-    owner.say(install(3, "new", epoch=2, grants=True))
-    assert owner.hear() == frames.Installed(3, 2)
+    assert owner.receive() == frames.Counted(6, None)
+    owner.send(install(3, "new", epoch=2, grants=True))
+    assert owner.receive() == frames.Installed(3, 2)
     assert reason(owner.listen, None) == "tier_too_low"
-    owner.say(frames.Poll(7))
-    counts = owner.hear()
+    owner.send(frames.Poll(7))
+    counts = owner.receive()
     assert isinstance(counts, frames.Counted)
     assert counts.counts is not None
-    assert counts.counts.caches["tokens"].entries == 1  # the same epoch: what it remembers stays
-    owner.say(frames.Stop(1.0))
-    assert owner.hear() == frames.Counted(0, None)
+    assert counts.counts.caches["tokens"].entries == 1  # the same epoch keeps its caches
+    owner.send(frames.Stop(1.0))
+    assert owner.receive() == frames.Counted(0, None)
     assert owner.ended() == 0
     assert not owner.listen.exists()
 
 
 def test_a_worker_without_an_owner_ends(owner: Owner, tmp_path: Path) -> None:
-    owner.say(start(owner), policy_text(tmp_path), install(1, ""), frames.Listen())
-    while owner.hear() != frames.Listening():
+    owner.send(start(owner), policy_text(tmp_path), install(1, ""), frames.Listen())
+    while owner.receive() != frames.Listening():
         pass
     owner.close()
     began = time.monotonic()
@@ -234,8 +234,8 @@ def test_a_worker_without_an_owner_ends(owner: Owner, tmp_path: Path) -> None:
     assert not owner.listen.exists()
 
 
-def test_a_worker_that_hears_nonsense_ends(tmp_path: Path) -> None:
-    """A frame too long; a first message that does not say who it is."""
+def test_a_worker_that_receives_nonsense_ends(tmp_path: Path) -> None:
+    """A frame that is too long; a first message other than Start."""
     owners = [Owner(tmp_path / f"s.{n}") for n in range(2)]
     for owner, data in zip(owners, (b"\xff" * 4, frame(frames.Listen())), strict=True):
         owner.link.sendall(data)
@@ -244,7 +244,7 @@ def test_a_worker_that_hears_nonsense_ends(tmp_path: Path) -> None:
         owner.close()
 
 
-def test_a_worker_is_not_started_by_hand() -> None:
+def test_a_worker_cannot_be_started_by_hand() -> None:
     command = [sys.executable, "-m", "ext_authz.serve.worker"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 1
@@ -255,7 +255,7 @@ def test_a_worker_is_not_started_by_hand() -> None:
 
 
 @asynccontextmanager
-async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
+async def running_workers(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
     """Workers whose one process is a Python script, with the socket to its owner as `link`."""
 
     def spawn(_: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -286,11 +286,11 @@ async def owned(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
         ("", "it exited"),
     ],
 )
-def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
+def test_an_owner_replaces_a_worker_that_ends_or_sends_nonsense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, why: str
 ) -> None:
     async def play() -> None:
-        async with owned(tmp_path, script, monkeypatch) as it:
+        async with running_workers(tmp_path, script, monkeypatch) as it:
             await until(lambda: it.restarts >= 3, "three restarts")
             assert not it.serving
             assert it.report()[0]["restarts"] == it.restarts
@@ -301,16 +301,16 @@ def test_an_owner_replaces_a_worker_that_ends_or_talks_nonsense(
     assert waits[:3] == [0.02, 0.04, 0.08]
 
 
-def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that decides, and takes over no second epoch, is dead when the owner calls that epoch settled."""
+def test_an_owner_waits_for_no_worker_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that decides and does not install the next epoch is dead by the time that epoch counts as settled."""
     script = f"link.send({frame(frames.Installed(1, 1))!r}); time.sleep(60)"
     monkeypatch.setattr(worker_process, "INSTALL_TIMEOUT", 0.3)
     policy = parse_policy(POLICY, key_files=False)
 
     async def play() -> None:
-        async with owned(tmp_path, script, monkeypatch) as it:
+        async with running_workers(tmp_path, script, monkeypatch) as it:
             it.install(Epoch.of(Snapshot(policy, epoch=1)))
-            await it.settled()  # there is nobody yet who decides
+            await it.settled()  # no worker decides yet
             await until(lambda: it._deciding(), "the worker to decide")
             process = it._deciding()[0].process
             it.install(Epoch.of(Snapshot(policy, epoch=2)))
@@ -321,8 +321,8 @@ def test_an_owner_waits_for_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(play())
 
 
-def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was said while it could not hear counts."""
+def test_an_owner_that_stalled_blames_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers sent during the stall counts."""
     script = f"link.send({frame(frames.Installed(1, 1))!r})\nwhile True: time.sleep(0.02); link.send(COUNTED)"
     script = script.replace("COUNTED", repr(frame(frames.Counted(1, None))))
     monkeypatch.setattr(worker_process, "ANSWER_TIMEOUT", 0.2)
@@ -330,7 +330,7 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(workers, name, seconds)
 
     async def play() -> None:
-        async with owned(tmp_path, script, monkeypatch) as it:
+        async with running_workers(tmp_path, script, monkeypatch) as it:
             it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
             await until(lambda: it._deciding(), "the worker to decide")
             for _ in range(3):
@@ -341,27 +341,29 @@ def test_an_owner_that_was_held_up_blames_nobody(tmp_path: Path, monkeypatch: py
     asyncio.run(play())
 
 
-def test_an_owner_that_cannot_look_after_its_workers_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault of its own ends all that keep workers, and the workers; who waits for that is told."""
+def test_an_owner_that_can_no_longer_watch_its_workers_ends_them_and_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the owner's own ends its tasks and its workers, and is raised from `ended`."""
 
     def fails(_: Workers) -> int:
         raise RuntimeError("a fault of its own")
 
     async def play() -> None:
-        async with owned(tmp_path, "time.sleep(60)", monkeypatch) as it:
+        async with running_workers(tmp_path, "time.sleep(60)", monkeypatch) as it:
             await until(lambda: it._alive, "the worker")
             (worker,) = it._alive
             monkeypatch.setattr(Workers, "_poll", fails)
-            with pytest.raises(ExceptionGroup) as told:
+            with pytest.raises(ExceptionGroup) as raised:
                 await asyncio.wait_for(it.ended(), 10)
-            assert told.group_contains(RuntimeError, match="a fault of its own")
+            assert raised.group_contains(RuntimeError, match="a fault of its own")
             assert worker.process.returncode == -9
 
     asyncio.run(play())
 
 
-def test_one_process_has_no_workers(tmp_path: Path) -> None:
-    """Without workers nothing is sent, waited for or told."""
+def test_a_single_process_has_no_workers(tmp_path: Path) -> None:
+    """Nothing is sent, waited for or reported."""
 
     async def play() -> None:
         async def refresh(_: str) -> None:
@@ -381,8 +383,8 @@ def test_one_process_has_no_workers(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
-def test_a_worker_is_late_by_the_oldest_epoch_that_it_owes() -> None:
-    """To have taken over an older one in the meantime does not excuse it; to be one behind, each time, does."""
+def test_a_worker_is_overdue_by_the_oldest_epoch_it_has_not_installed() -> None:
+    """Installing an older one in the meantime is no excuse; being always one behind is."""
     nobody: Any = None
 
     def late(seconds_behind: float) -> str | None:

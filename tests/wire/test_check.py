@@ -528,7 +528,7 @@ def test_two_answers_to_one_decision_differ_only_in_the_id(decision: Decision) -
     one, other = headers_id(first), headers_id(second)
     assert one != other
     assert first.replace(one, other) == second
-    assert first.count(one) == 3  # headers for the client, metadata, and headers for_expert or the body
+    assert first.count(one) == 3  # headers for the client, metadata, and headers for the expert or the body
     assert metadata_id(first) == one
 
 
