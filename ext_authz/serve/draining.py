@@ -19,7 +19,7 @@ class Draining:
     def add(self, policy: Policy, now: float) -> None:
         """`policy` made its last decision at `now`. Its clusters are needed for as long as its experts may take."""
         timeouts = [e.traffic.timeout or MAX_DRAIN for e in policy.experts.values()]
-        drain = min(max(MIN_DRAIN, *timeouts), MAX_DRAIN)
+        drain = min(max([MIN_DRAIN, *timeouts]), MAX_DRAIN)
         self._until = [(policy, now + drain), *self._until][:MAX_POLICIES]
 
     def policies(self, now: float) -> tuple[Policy, ...]:

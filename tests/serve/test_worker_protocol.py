@@ -309,6 +309,7 @@ def test_an_owner_waits_for_no_worker_forever(tmp_path: Path, monkeypatch: pytes
 
     async def play() -> None:
         async with running_workers(tmp_path, script, monkeypatch) as it:
+            await it.prepare(policy.digest, POLICY.encode(), tmp_path / "policy.yaml")
             it.install(Epoch.of(Snapshot(policy, epoch=1)))
             await it.settled()  # no worker decides yet
             await until(lambda: it._deciding(), "the worker to decide")
@@ -331,7 +332,9 @@ def test_an_owner_that_stalled_blames_no_worker(tmp_path: Path, monkeypatch: pyt
 
     async def play() -> None:
         async with running_workers(tmp_path, script, monkeypatch) as it:
-            it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
+            policy = parse_policy(POLICY, key_files=False)
+            await it.prepare(policy.digest, POLICY.encode(), tmp_path / "policy.yaml")
+            it.install(Epoch.of(Snapshot(policy)))
             await until(lambda: it._deciding(), "the worker to decide")
             for _ in range(3):
                 time.sleep(0.3)

@@ -30,9 +30,9 @@ def test_a_nacked_cluster_leaves_the_old_policy_for_both(tmp_path: Path, monkeyp
     """A port of 99999 that slips past: decisions and Envoy stay as they were, and Envoy's words are reported."""
     good_resources = ext_authz.serve.control.cluster_resources
 
-    def slip(policy: Policy) -> Resources:
+    def slip(policy: Policy, *draining: Policy) -> Resources:
         """The true resources, but for the marked policy, whose port is made one that cannot be."""
-        made = good_resources(policy)
+        made = good_resources(policy, *draining)
         if policy.experts["A"].traffic.max_requests != 99:
             return made
         return Resources.of({url: tuple(_port_99999(m) for m in messages) for url, messages in made.types.items()})
