@@ -1,7 +1,8 @@
 """The control path: policy file → Policy → keys → Envoy's clusters → Envoy's ACK → decisions.
 
 Clusters are make-before-break: decisions name a cluster only after Envoy has it. A policy that cannot be read, or
-whose clusters Envoy rejects, changes nothing.
+whose clusters Envoy rejects, changes nothing; one that is in force because no Envoy answered in time ends when an Envoy
+rejects its clusters after all.
 
 Other processes that decide (`Followers`) receive each epoch. A policy is reported as in force only when none of them
 uses an older one.
@@ -36,6 +37,7 @@ from ext_authz.wire.ads import Ads, Publication, PublishResult, Resources
 from ext_authz.wire.clusters import cluster_resources
 
 ACK_TIMEOUT = 2.0  # seconds to wait for Envoy's ACK; after that the policy goes live without it
+MAX_PREVIOUS = 8  # policies to return to
 KEY_DEBOUNCE = 0.05  # seconds; key changes within this time are sent in one push
 WORKER_LAG = 0.02  # seconds that Envoy's worker threads may lag behind its main thread, which sends the ACK
 
@@ -125,9 +127,8 @@ class Control:
         self._dropping: asyncio.Task[None] | None = None
         self._pushing: asyncio.Task[None] | None = None
         self._text = b""  # of the policy in force
-        self._previous: tuple[Policy, bytes] | None = (
-            None  # to return to, until Envoy has acknowledged the one in force
-        )
+        # What to return to, newest first, until Envoy has acknowledged the policy in force.
+        self._previous: tuple[tuple[Policy, bytes], ...] = ()
         self._returning: asyncio.Task[None] | None = None
         keys.on_change = self._keys_changed
         ads.on_change = self._envoy_answered
@@ -193,11 +194,13 @@ class Control:
             if old is not None:
                 await self._keys.follow(old.issuers.values())
                 active = self._active.lease_epoch if self._active else _new_lease_epoch()
-                await self._publish(self._clusters(old), old, active)
+                await self._publish(self._clusters(old), old, active, restoring=True)
             self._refuse(f"envoy rejected the policy's clusters: {published.message}")
             return False
-        acknowledged = published.result is PublishResult.ACKED
-        self._previous = (old, self._text) if old is not None and not acknowledged else None
+        if old is None or published.result is PublishResult.ACKED:
+            self._previous = ()
+        else:
+            self._previous = ((old, self._text), *self._previous)[:MAX_PREVIOUS]
         await self._put_in_force(policy, text, lease_epoch)
         self._error = None
         self._reloads += old is not None
@@ -242,32 +245,40 @@ class Control:
     def _envoy_answered(self) -> None:
         """An Envoy has connected, left, or answered: perhaps later than a push waits for it."""
         self._agree()
-        if self._previous is None:
+        if not self._previous:
             return
         if self._ads.settled and not self._lock.locked():
-            self._previous = None
+            self._previous = ()
         elif self._ads.refused and (self._returning is None or self._returning.done()):
             self._returning = asyncio.create_task(self._return())
 
     async def _return(self) -> None:
         """Put the previous policy back in force, as an Envoy has rejected the clusters of this one after all."""
         async with self._lock:
-            error = self._ads.refused
-            if self._previous is None or error is None:
+            error, refused = self._ads.refused, self._policy
+            if error is None or refused is None:
                 return
-            (previous, text), self._previous = self._previous, None
-            lease_epoch = _new_lease_epoch()
-            if self._followers is not None:
-                await self._followers.prepare(previous.digest, text, self._file.path)
-            await self._keys.follow({**(self._policy.issuers if self._policy else {}), **previous.issuers}.values())
-            await self._publish(self._clusters(previous), previous, lease_epoch)
-            refused, self._policy = self._policy, None  # nothing of it is to be kept: Envoy does not have its clusters
-            await self._put_in_force(previous, text, lease_epoch)
-            self._warnings = tuple(warnings(previous))
-            digest = refused.digest if refused is not None else ""
-            self._refuse(f"envoy rejected the clusters of policy {digest}, after it was in force: {error}")
+            while self._previous:
+                (previous, text), *older = self._previous
+                self._previous = tuple(older)
+                lease_epoch = _new_lease_epoch()
+                if self._followers is not None:
+                    await self._followers.prepare(previous.digest, text, self._file.path)
+                await self._keys.follow({**refused.issuers, **previous.issuers}.values())
+                published = await self._publish(self._clusters(previous), previous, lease_epoch, restoring=True)
+                if published.result is PublishResult.NACKED and older:
+                    continue  # Envoy never had this one either
+                if published.result is PublishResult.ACKED:
+                    self._previous = ()
+                self._policy = None  # nothing of the refused policy is to drain: Envoy does not have its clusters
+                await self._put_in_force(previous, text, lease_epoch)
+                self._warnings = tuple(warnings(previous))
+                self._refuse(f"envoy rejected the clusters of policy {refused.digest}, after it was in force: {error}")
+                return
 
-    async def _publish(self, clusters: Resources, policy: Policy, lease_epoch: str) -> Publication:
+    async def _publish(
+        self, clusters: Resources, policy: Policy, lease_epoch: str, restoring: bool = False
+    ) -> Publication:
         """Send Envoy clusters and the lease filter of a policy, and wait for its answer."""
         script, entries = (self._leasing.script, self._leasing.entries) if self._leasing else (None, 0)
         resource = lease_filter.filter_resource(script, policy, lease_epoch, entries)
@@ -276,7 +287,7 @@ class Control:
         self._sent = _Sent(clusters, policy, lease_epoch, version)
         held = self._ads.agreed(lease_filter.TYPE_EXTENSION)
         self._agree()
-        published = await self._ads.publish(resources, timeout=ACK_TIMEOUT)
+        published = await self._ads.publish(resources, ACK_TIMEOUT, restoring)
         if published.result is PublishResult.ACKED and held != self._sent.version:
             await asyncio.sleep(WORKER_LAG)
         return published

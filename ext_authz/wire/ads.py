@@ -114,15 +114,23 @@ class Ads:
         versions = {s.acked(url) for s in self._streams if s.asks_for(url) and not s.late}
         return versions.pop() if len(versions) == 1 else None
 
-    async def publish(self, resources: Resources, timeout: float = 2.0) -> Publication:  # noqa: ASYNC109 - not raised
+    async def publish(
+        self,
+        resources: Resources,
+        timeout: float = 2.0,  # noqa: ASYNC109 - not raised
+        restoring: bool = False,
+    ) -> Publication:
         """Send `resources` to the connected Envoys and wait, at most `timeout` seconds, until all of them have it.
 
         They are in force from now on, also for Envoys that connect later. NACKED puts the previous ones back in force.
+        `restoring`: they were in force before those that Envoy has rejected, so their ACK does not clear the error.
         """
         if self._fixed:
             resources = Resources.of({**self._fixed, **resources.types})
         async with self._publishing:
             before, self._current = self._current, resources
+            if restoring:
+                self._restored = resources.version
             self._wake()
             try:
                 published = await asyncio.wait_for(self._verdict(resources), timeout)

@@ -135,9 +135,7 @@ class Writer:
         part = _caller_part if len(subject) <= _SHORT else _caller_part.__wrapped__
         return answer + part(subject, issuer)
 
-    def grant(
-        self, decision: Decision, decision_id: str, until: float, subject: str = "", issuer: str = ""
-    ) -> bytes:
+    def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "", issuer: str = "") -> bytes:
         """As `write`, with a lease: Envoy may repeat the decision until `until` (seconds since the epoch)."""
         response = _CheckResponse.FromString(self.write(decision, decision_id, subject, issuer))
         lease = response.dynamic_metadata.fields["lease"].struct_value.fields

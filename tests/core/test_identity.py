@@ -524,6 +524,12 @@ def test_a_token_whose_key_is_unknown_calls_for_fresh_keys(build: Callable[[], s
     assert repeats_nothing(found.detail, token)
 
 
+def test_an_issuer_with_an_empty_key_set_verifies_no_token() -> None:
+    """401, not 503: its keys are known, and there are none. Newer ones may be asked for."""
+    found = refused(verify(POLICY, {ISSUER: ()}, good(), NOW))
+    assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, ISSUER)
+
+
 def test_missing_keys_are_not_the_callers_fault() -> None:
     """503 `keys_unavailable`, with the issuer; a token that no key could verify is still a 401."""
     found = refused(verify(POLICY, {}, good(), NOW))

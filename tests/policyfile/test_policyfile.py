@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from ext_authz.policyfile import values as policy_values
 from ext_authz.policyfile.parse import load_policy, parse_policy
 from ext_authz.policyfile.schema import json_schema
 from ext_authz.policyfile.source import PolicyError
-from ext_authz.policyfile.warnings import dropped, warnings
-from tests.harness import ROOT
-from tests.harness.policies import DEMO, SMALL, policy, text, write_keys
+from ext_authz.policyfile.warnings import dropped, key_warnings, warnings
+from tests.harness import ROOT, tokens
+from tests.harness.policies import BROKEN_KEYS, DEMO, SMALL, policy, text, write_keys
 
 FIXTURES = Path(__file__).parent / "broken"
 ODD_BOOLEAN = "is a boolean in YAML 1.1 and text in YAML 1.2; write `true` or `false`, or quote it"
@@ -38,7 +39,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("keys")
     write_keys(directory)
     (directory / "not-json.json").write_text("keys: []")
-    (directory / "no-keys.json").write_text('{"keys": []}')
     (directory / "short-secret").write_text("0123456789")
     return directory
 
@@ -181,7 +181,6 @@ BROKEN = {
         "publish public keys only, and replace this one"
     ),
     "jwks_file_with_refresh": "7:5: issuers[0].jwks: `refresh` is for a `url`, found a `file`",
-    "jwks_file_without_keys": "7:18: issuers[0].jwks.file: `no-keys.json`: holds no usable signature key among 0",
     "jwks_plain_http": (
         "7:17: issuers[0].jwks.url: found `http://idp.example.com/jwks.json`, expected https; http is for "
         "a loopback host only"
@@ -277,6 +276,16 @@ def test_a_mistake_is_reported_with_its_place(name: str, keys: Path) -> None:
 def test_every_fixture_is_in_the_table() -> None:
     """Otherwise nothing would test it."""
     assert {path.stem for path in FIXTURES.iterdir()} == set(BROKEN)
+
+
+def test_without_key_files_a_policy_has_only_its_own_mistakes(keys: Path) -> None:
+    """As the server reads it: it gets the keys elsewhere, and a revocation must not wait for a key file."""
+    accepted = set()
+    for name in BROKEN:
+        with contextlib.suppress(PolicyError):
+            parse_policy((FIXTURES / f"{name}.yaml").read_bytes(), base=keys, key_files=False)
+            accepted.add(name)
+    assert accepted == BROKEN_KEYS
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
@@ -756,6 +765,34 @@ def test_warnings_about_many_experts_are_shortened() -> None:
     assert found[-1] == "experts: nobody can reach 490 more"
 
 
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([tokens.jwk("ES256")], []),
+        ([], ["the file holds no usable key, so its tokens are refused"]),
+        (
+            [{"kty": "RSA", "kid": "weak"}, tokens.jwk("ES256")],
+            ["keys[0] (kid 'weak'): n is not base64url; it is skipped"],
+        ),
+        (
+            [{"kid": "odd"}],
+            [
+                "keys[0] (kid 'odd'): has no kty; it is skipped",
+                "the file holds no usable key, so its tokens are refused",
+            ],
+        ),
+    ],
+    ids=["good", "empty", "one is skipped", "all are skipped"],
+)
+def test_key_files_get_a_warning_for_each_key_that_is_skipped(
+    tmp_path: Path, entries: list[Any], expected: list[str]
+) -> None:
+    """They are no mistakes: real issuers publish such keys beside good ones, and an empty set distrusts every key."""
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": entries}))
+    made = policy(tmp_path, issuers=[ISSUER | {"jwks": {"file": "keys.json"}}, REMOTE | {"issuer": "remote"}])
+    assert [*key_warnings(made)] == [f"issuer `{ISSUER['issuer']}`: {line}" for line in expected]
+
+
 def test_dropped_experts_are_named() -> None:
     """When a reload removes experts."""
     old, new = policy(), policy(experts={"A": LOW})
@@ -778,7 +815,7 @@ BEYOND_SCHEMA = (
     "gate_token_header",
     "gate_unknown_default", "gate_unreachable", "issuer_twice", "jwks_file_is_a_folder",
     "jwks_file_missing", "jwks_file_not_json", "jwks_file_other_algorithm", "jwks_file_private",
-    "jwks_file_without_keys", "jwks_plain_http",
+    "jwks_plain_http",
     "jwks_refresh_too_short", "jwks_url_with_user", "secret_", "tier_named_deny", "unknown_downgrade", "unknown_tier",
 )  # fmt: skip
 YAML_ONLY = (
