@@ -398,7 +398,7 @@ def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, mon
     )
     it.policy.write_text(it.text + "# refused\n")
     assert not it.run(it.control.reload())
-    assert "refused" in (it.control.status.error or "")
+    assert "rejected" in (it.control.status.error or "")
     it.wait_for_leases()
     assert it.control.lease_epoch == epoch
     assert proxy.send(experts="A").id == warm
