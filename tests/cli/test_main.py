@@ -99,7 +99,9 @@ def test_explain_refuses_claims_that_no_valid_token_has(
 ) -> None:
     """As the server would: such a caller reaches nobody, not even what anonymous callers reach."""
     path = demo_dir / "policy.yaml"
-    path.write_text(path.read_text() + "\nrevoked: {sub: [mallory], jti: [stolen], issued_before: 2026-01-01T00:00:00Z}\n")
+    path.write_text(
+        path.read_text() + "\nrevoked: {sub: [mallory], jti: [stolen], issued_before: 2026-01-01T00:00:00Z}\n"
+    )
     command = ["explain", "--policy", str(path), "--experts", "A", "--claims"]
     code, out, err = run(capsys, *command, json.dumps(claims))
     assert (code, out, err) == (1, "", f"srp explain: 401 invalid_token: {why}\n")

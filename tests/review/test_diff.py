@@ -84,7 +84,7 @@ CHANGES: list[tuple[str, list[Edit], list[str]]] = [
         "narrower gate requests can no longer ask for B, C, D",
         "neutral gate[0] removed: path /route: json /expert_names, default [A, B]",
         "neutral gate[1] removed: prefix /: header x-expert-names",
-        "neutral gate[0] added: prefix /: default [A]",
+        "neutral gate[0] added: prefix /: the default only, default [A]",
     ]),
     ("traffic", [('["127.0.0.1:1"]', '["127.0.0.1:9"], weight: 2, timeout: 5s')],
      ["neutral experts.A changed endpoints, weight, timeout"]),
