@@ -35,7 +35,7 @@ async def work(tokens: int, seconds: float) -> None:
         jwks = json.dumps(callers.jwks())
         (Path(made) / "jwks.json").write_text(jwks)
         policy = parse_policy(callers.policy("127.0.0.1:9").encode(), base=Path(made))
-    keys = {callers.ISSUER: parse_jwks(jwks.encode())}
+    keys = {callers.ISSUER: parse_jwks(jwks.encode()).keys}
     snapshot = CacheSizes(tokens=1000, decisions=1000).snapshot(policy, keys, 1)
     authorization = Authorization(Epoch.of(snapshot), KeyStore(), Tally())
     requests = [

@@ -23,7 +23,7 @@ local MAX_KEY = 4096 -- bytes
 local MAX_LEASE = 8192 -- bytes of a key and everything stored with it
 local MAX_PENDING = 1024 -- misses that wait for their answer
 local MAX_BODY = 65535 -- bytes; ext_authz, which would refuse a larger body, is not asked
-local MAX_HEADERS, MAX_HEADER_BYTES = 80, 48 * 1024 -- with a decision's, still under the limits in envoy.yaml
+local MAX_HEADERS, MAX_HEADER_BYTES = SRP.max_lines, SRP.max_size -- ext_authz rejects a request with more
 local MAX_WAIT = 10 -- milliseconds for the whole body after the headers, far fewer than a new epoch waits
 
 -- Two generations: when the young one is full, the old one is evicted as a whole.

@@ -2,7 +2,7 @@
 --
 -- ext_authz puts the clusters that may serve a request into one header, the only input of the choice:
 --
---     x-target-cluster: expert-a;w=2;m=64,expert-b;s
+--     x-target-cluster: expert-a.84ca14c5b3fcbdb3;w=2;m=64,expert-b.6d9f8e4c0b1a2f37;s
 --
 -- `w` is the expert's weight (default 1), `m` the requests it may have in flight (default: any number). The cluster
 -- with the smallest (in flight + 1) / weight wins; ties are broken at random. Full clusters come last. Before them come
@@ -26,7 +26,7 @@ local random = math.random
 local cached, count = {}, 0
 
 local function candidate(text)
-  local name, rest = text:match("^([a-z0-9][a-z0-9-]*)(.*)$")
+  local name, rest = text:match("^([a-z0-9][a-z0-9-]*%.%x+)(.*)$")
   if not name then
     return nil
   end

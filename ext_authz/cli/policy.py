@@ -16,7 +16,7 @@ from ext_authz.core.policy import Policy
 from ext_authz.policyfile.parse import load_policy
 from ext_authz.policyfile.schema import json_schema
 from ext_authz.policyfile.source import PolicyError
-from ext_authz.policyfile.warnings import warnings
+from ext_authz.policyfile.warnings import key_warnings, warnings
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def _check_flags(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     policy = load_policy(args.file)
-    for warning in warnings(policy):
+    for warning in (*warnings(policy), *key_warnings(policy)):
         print(f"{args.file}: warning: {warning}", file=sys.stderr)
     print(f"{args.file}: ok: {len(policy.experts)} experts, {len(policy.tiers)} tiers, digest {policy.digest}")
     return OK
@@ -113,8 +113,8 @@ def _caller(policy: Policy, args: argparse.Namespace) -> Identity:
     from ext_authz.review.explain import by_claims, by_token
 
     if args.claims is not None:
-        return by_claims(policy, _object(args.claims, "--claims"))
-    if args.token is not None:
+        caller = by_claims(policy, _object(args.claims, "--claims"))
+    elif args.token is not None:
         with sys.stdin.buffer if args.token == "-" else Path(args.token).open("rb") as file:
             text = file.read(2 * identity.MAX_TOKEN).decode("latin-1")  # tokens are ASCII and never longer
         caller = by_token(policy, text.strip())

@@ -11,8 +11,8 @@ from typing import Protocol, assert_never
 
 from ext_authz.core import gate, identity
 from ext_authz.core.decide import decide
-from ext_authz.core.headers import DOWNGRADE
-from ext_authz.core.model import UNVERIFIED, Decision, Identity, Outcome, Refusal, Request, refuse
+from ext_authz.core.headers import DOWNGRADE, MAX_LINES, MAX_SIZE
+from ext_authz.core.model import UNVERIFIED, Decision, Identity, Outcome, Reason, Refusal, Request, refuse
 from ext_authz.core.policy import Body, DefaultOnly, Header
 from ext_authz.core.snapshot import Asked, Fingerprint, Snapshot
 
@@ -24,6 +24,9 @@ _PATH = 128  # characters of a path
 _NAMES = 16  # experts that a decision names, requested and chosen
 
 _UNREAD = Request("", "", {})
+_HEADERS_TOO_LARGE = Refusal(
+    Reason.HEADERS_TOO_LARGE, f"the request has over {MAX_LINES} headers, or over {MAX_SIZE // 1024} KiB of them"
+)
 
 
 class Fingerprinted(Protocol):
@@ -40,6 +43,8 @@ def check(snapshot: Snapshot, request: Request, now: float) -> Outcome | Refusal
 
     Returns a Refusal only if fresh keys from `Refusal.issuer` could change the answer; `refused` makes it an outcome.
     """
+    if request.lines > MAX_LINES or request.size > MAX_SIZE:
+        return refused(_HEADERS_TOO_LARGE)
     caller, new_token = _identify(snapshot, request, now)
     if isinstance(caller, Refusal):
         return caller if caller.issuer else refused(caller)

@@ -30,6 +30,7 @@ _CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
 # What Envoy has not resolved or rejected: a dot segment with a parameter, escaped or behind a backslash. An expert that
 # drops `;x` and then resolves `..` serves another path than the one that was decided about.
 _DOT_SEGMENT = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:;[^/\\]*)?(?:[/\\]|$)|\\|%5c", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
 _ABSENT, _AMBIGUOUS = object(), object()
 
@@ -130,7 +131,7 @@ def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal
     if found is _ABSENT:
         return _default(default)
     if found is _AMBIGUOUS:
-        return _bad(f"{_member(pointer)} appears with different capitalization")
+        return _bad(f"{_member(pointer)} appears in another spelling")
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or not set(map(type, found)) <= {str}:
@@ -141,13 +142,15 @@ def in_body(source: Body, default: Names | None, body: bytes) -> Names | Refusal
 def _resolve(value: Any, pointer: tuple[str, ...]) -> Any:
     """RFC 6901 evaluation: _ABSENT if the member or element is absent, None (a wrong type) if it cannot exist.
 
-    _AMBIGUOUS if there is a member whose name differs only in case: some parsers, such as Go's encoding/json, treat
-    the two as the same.
+    _AMBIGUOUS if a member's name differs only in case, as some parsers, such as Go's encoding/json, treat the two as
+    the same; or if one holds a control character, as a parser in C reads a name up to its NUL.
     """
     for token in pointer:
         if isinstance(value, dict):
             for name in value:
                 if len(name) == len(token) and name != token and _same_letters(name, token):
+                    return _AMBIGUOUS
+                if not name.isprintable() and _CONTROL.search(name):
                     return _AMBIGUOUS
             value = value.get(token, _ABSENT)
         elif isinstance(value, list) and _INDEX.fullmatch(token):

@@ -26,12 +26,13 @@ CONTENT_TYPE = "content-type"
 # Set by ext_authz, for Envoy's router and for the expert.
 TARGET_CLUSTER = "x-target-cluster"
 SUBJECT = "x-srp-subject"
+ISSUER = "x-srp-issuer"  # a subject is unique only within its issuer
 TIER = "x-srp-tier"
 DECISION_ID = "x-srp-decision-id"
 TIMEOUT = "x-envoy-upstream-rq-timeout-ms"
 MAX_RETRIES = "x-envoy-max-retries"
 RETRY_ON = "x-envoy-retry-on"
-TO_EXPERT = (TARGET_CLUSTER, SUBJECT, TIER, DECISION_ID, TIMEOUT, MAX_RETRIES, RETRY_ON)
+TO_EXPERT = (TARGET_CLUSTER, SUBJECT, ISSUER, TIER, DECISION_ID, TIMEOUT, MAX_RETRIES, RETRY_ON)
 
 # Set by Envoy, for the client: the expert that actually answered, and the number of attempts.
 EXPERT = "x-srp-expert"
@@ -40,6 +41,10 @@ ATTEMPTS = "x-srp-attempts"
 # Honest clients and proxies send these in several lines. No condition can read one that came so.
 LISTS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "cookie", "forwarded", "via",
                    "x-forwarded-for"})  # fmt: skip
+
+# A request may have so many headers, so that those of a decision still fit under Envoy's own limits (envoy.yaml).
+MAX_LINES = 80
+MAX_SIZE = 48 * 1024  # bytes
 
 # What every decision may read besides the path and the gate's own header. A lease's key contains all of them.
 READ_BY_EVERY_DECISION = (*TOKEN_HEADERS, REQUESTED_CLUSTER, DOWNGRADE)

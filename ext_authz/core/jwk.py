@@ -1,9 +1,10 @@
 """JSON Web Key Sets and shared secrets, parsed into keys that can only verify what they are meant for. Pure.
 
-A set is accepted or refused as a whole. Keys for other uses are skipped. A broken or weak signature key, or any private
-key, makes the set invalid: half a set would turn an issuer's mistake into refused callers with no visible cause.
-(RFC 7517 §5 would skip broken keys too.)
-Source: RFC 7517 (JWK), RFC 7518 §6 (RSA and EC members), RFC 8037 §2 (OKP), and docs/tokens.md for what is stricter.
+A key that cannot be used, because it is weak, broken or of a kind that is not known here, is skipped and named: real
+providers publish such keys beside good ones. A private key makes the whole set invalid. A set without any usable key is
+a set: no token verifies with it, which is how an issuer, or the operator, distrusts the last key.
+Source: RFC 7517 (JWK; §5 says to skip), RFC 7518 §6 (RSA and EC members), RFC 8037 §2 (OKP), and docs/tokens.md for
+what is stricter.
 """
 
 from __future__ import annotations
@@ -68,11 +69,31 @@ _RSA_BITS = range(2048, 16384 + 1)
 _RSA_EXPONENTS = range(3, 2**32, 2)
 
 
-def parse_jwks(data: bytes) -> tuple[Key, ...]:
-    """The usable signature keys of a JWK Set, in order, at least one.
+def _powers(base: int, prime: int) -> frozenset[int]:
+    """The residues of all powers of `base`."""
+    return frozenset(pow(base, exponent, prime) for exponent in range(prime))
 
-    ValueError if the set is refused. The message is one line, names the key by its position and `kid`, and never
-    contains a byte of any key.
+
+# The library makes primes whose residues are powers of 65537. Of other keys one in 2^27 has such a modulus. Source:
+# Nemec et al., "The Return of Coppersmith's Attack", 2017, §2.
+_ROCA = tuple(
+    (p, _powers(65537, p)) for p in (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """The usable signature keys of a set, in its order; `skipped` names the others and says why, a line each."""
+
+    keys: tuple[Key, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def parse_jwks(data: bytes) -> KeySet:
+    """The keys of a JWK Set.
+
+    ValueError if the set is malformed or holds a private key; the message is one line and names the key by its position
+    and `kid`, and never contains a byte of any key.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"holds over {MAX_BYTES} bytes")
@@ -83,21 +104,29 @@ def parse_jwks(data: bytes) -> tuple[Key, ...]:
     if len(entries) > MAX_KEYS:
         raise ValueError(f"holds {len(entries)} keys, at most {MAX_KEYS} are allowed")
     keys: list[Key] = []
+    skipped: list[str] = []
     seen: set[tuple[str, str]] = set()
     for place, entry in enumerate(entries):
+        _refuse_private(place, entry)
         try:
             key = _key(entry)
-            if key is not None and key.kid is not None:
-                if (entry["kty"], key.kid) in seen:
-                    raise ValueError("another key of this type has the same kid")
-                seen.add((entry["kty"], key.kid))
+            if key is not None and key.kid is not None and (entry["kty"], key.kid) in seen:
+                raise ValueError("another key of this type has the same kid")
         except ValueError as e:
-            raise ValueError(f"{_label(place, entry)}: {e}") from None
+            skipped.append(f"{_label(place, entry)}: {e}")
+            continue
         if key is not None:
             keys.append(key)
-    if not keys:
-        raise ValueError(f"holds no usable signature key among {len(entries)}")
-    return tuple(keys)
+            if key.kid is not None:
+                seen.add((entry["kty"], key.kid))
+    return KeySet(tuple(keys), tuple(skipped))
+
+
+def _refuse_private(place: int, entry: Any) -> None:
+    """ValueError for a key that must never have been published."""
+    if isinstance(entry, dict) and entry.get("kty") != "oct" and (found := [n for n in _PRIVATE if n in entry]):
+        advice = "publish public keys only, and replace this one"
+        raise ValueError(f"{_label(place, entry)}: holds the private member {found[0]}: {advice}")
 
 
 def secret_key(data: bytes) -> Key:
@@ -145,14 +174,12 @@ def _key(entry: Any) -> Key | None:
         raise ValueError("has no kty")
     if kty == "oct":
         return None
-    if found := [name for name in _PRIVATE if name in entry]:
-        raise ValueError(f"holds the private member {found[0]}: publish public keys only, and replace this one")
     kind = _KINDS.get((kty, None if kty == "RSA" else _text(entry, "crv")))
     if kind is None or not _for_signatures(entry):
         return None
     algorithms = kind.algorithms if alg is None else kind.algorithms & {alg}
     if not algorithms:
-        return None
+        raise ValueError(f"alg {_shown(alg)} is not one that a key of its type verifies here")
     octets = {name: _octets(entry, name) for name in kind.members}
     if kind is _RSA:
         _check_rsa(int.from_bytes(octets["n"]), int.from_bytes(octets["e"]))
@@ -182,6 +209,8 @@ def _check_rsa(modulus: int, exponent: int) -> None:
         raise ValueError(f"is an RSA key of {bits} bits, expected {_RSA_BITS[0]} to {_RSA_BITS[-1]}")
     if exponent not in _RSA_EXPONENTS or modulus % 2 == 0:
         raise ValueError("is an RSA key with an impossible modulus or exponent")
+    if all(modulus % prime in residues for prime, residues in _ROCA):
+        raise ValueError("is an RSA key of a library whose keys can be factored (ROCA, CVE-2017-15361)")
 
 
 def _text(entry: Mapping[str, Any], name: str) -> str | None:
@@ -199,6 +228,10 @@ def _octets(entry: Mapping[str, Any], name: str) -> bytes:
     if not text or re.fullmatch("[A-Za-z0-9_-]+", text) is None or len(text) % 4 == 1:
         raise ValueError(f"{name} is not base64url")
     return urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _shown(text: str | None) -> str:
+    return f"{(text or '')[:64]!a}"
 
 
 def _label(place: int, entry: Any) -> str:

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     TOKEN_REQUIRED = "token_required"
     INVALID_TOKEN = "invalid_token"
     KEYS_UNAVAILABLE = "keys_unavailable"
+    HEADERS_TOO_LARGE = "headers_too_large"
     INTERNAL = "internal_error"
 
 
@@ -52,6 +53,7 @@ STATUS: Mapping[Reason, int] = {
     Reason.TOKEN_REQUIRED: 401,
     Reason.INVALID_TOKEN: 401,
     Reason.KEYS_UNAVAILABLE: 503,
+    Reason.HEADERS_TOO_LARGE: 431,
     Reason.INTERNAL: 500,
 }
 
@@ -60,7 +62,8 @@ class Request(NamedTuple):
     """One HTTP request as Envoy saw it. `path` has no query; header names are lower case, values latin-1 text.
 
     `repeated` names the headers that appear more than once: `headers` has only the first value, which no room may
-    trust. (A tuple, because every request creates one: a frozen dataclass takes four times as long.)
+    trust. `lines` and `size` are those of all headers, in header lines and bytes. (A tuple, because every request
+    creates one: a frozen dataclass takes four times as long.)
     """
 
     method: str
@@ -68,6 +71,8 @@ class Request(NamedTuple):
     headers: Mapping[str, str]
     body: bytes = b""
     repeated: frozenset[str] = frozenset()
+    lines: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from types import MappingProxyType
 from typing import Literal
 
 from ext_authz.core.cache import Cache
@@ -189,3 +192,21 @@ class Policy:
     tiers_cached: Cache[str, tuple[int, tuple[str, ...]]] = field(
         default_factory=lambda: Cache(CACHED_TIERS), compare=False, repr=False
     )
+    envoy_clusters: Mapping[str, str] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = {expert.name: _envoy_cluster(self, expert) for expert in self.experts.values()}
+        object.__setattr__(self, "envoy_clusters", MappingProxyType(names))
+
+
+def _envoy_cluster(policy: Policy, expert: Expert) -> str:
+    """The name of an expert's cluster in Envoy: `CLUSTER.DIGEST`.
+
+    The digest is over everything that decides who may be there. A decision stays right for as long as a request is on
+    its way, retries included, so what a name means must never change: a new meaning is a new cluster. And no cluster
+    that Envoy has from elsewhere has a `.` in its name, so no policy can take over one of those.
+    """
+    endpoints = sorted((e.host, e.port) for e in expert.endpoints)
+    allow = expert.allow.source if expert.allow is not None else None
+    meaning = [expert.name, policy.tiers[expert.tier], policy.tiers, endpoints, allow]
+    return f"{expert.cluster}.{blake2b(json.dumps(meaning).encode(), digest_size=8).hexdigest()}"

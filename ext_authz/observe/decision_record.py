@@ -29,7 +29,11 @@ MAX_PATH = 2048  # characters; at least twice as long as any gate rule's path
 CACHED_CALLERS = 4096
 _MAX_TIME = 1e11
 
-_UNVERIFIED = frozenset({Reason.TOKEN_REQUIRED, Reason.INVALID_TOKEN, Reason.KEYS_UNAVAILABLE, Reason.INTERNAL})
+_UNVERIFIED = frozenset(
+    {
+        Reason.TOKEN_REQUIRED, Reason.INVALID_TOKEN, Reason.KEYS_UNAVAILABLE, Reason.HEADERS_TOO_LARGE, Reason.INTERNAL
+    }
+)  # fmt: skip
 _READABLE = compile_condition("size(claims) >= 0", "decision_record", 0)
 _json = json.JSONEncoder(separators=(",", ":")).encode
 

@@ -52,6 +52,9 @@ def text(report: dict[str, Any]) -> str:
         )
         if key["last_error"]:
             rows.append(f"! {key['issuer']}: {key['last_error']}")
+        if key["age"] is not None and not key["keys"]:
+            rows.append(f"! {key['issuer']}: there is no usable key, so its tokens are refused")
+        rows += [f"! {key['issuer']}: skipped {line}" for line in key["skipped"]]
     if len(report["workers"]) > 1:
         rows += map(_worker, report["workers"])
     rows += [f"decided   {n:>9}  {name}" for name, n in report["decisions"].items()]

@@ -212,7 +212,7 @@ class Compiler:
                     raise ValueError(f"holds over {MAX_SECRET} bytes")
                 if short := sorted(algorithms - jwk.secret_key(data).algorithms):
                     raise ValueError(f"the secret is too short for {quoted(short[0])}")
-            elif not any(key.algorithms & algorithms for key in jwk.parse_jwks(data)):
+            elif (found := jwk.parse_jwks(data).keys) and not any(key.algorithms & algorithms for key in found):
                 raise ValueError(f"holds no key for {listed(sorted(algorithms))}")
         except OSError as e:
             self._add(path, f"{quoted(name)}: cannot be read: {e.strerror}")

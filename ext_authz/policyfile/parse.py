@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from ext_authz.core.policy import Policy
 from ext_authz.policyfile import schema, source
 from ext_authz.policyfile.compile import HOLES, Compiler
-from ext_authz.policyfile.source import Mistakes, Source
+from ext_authz.policyfile.source import Mistakes, PolicyError, PolicyMistake, Source
 
 _STAND_INS = {"version": 1, "tiers": ["low"], "experts": {"A": HOLES["experts"]}}
 
@@ -33,6 +33,16 @@ def parse_policy(
     `name` is the file's name in messages. Paths in the policy are relative to `base`. With `key_files` False, key files
     are not read.
     """
+    try:
+        return _parse(text, name, base, key_files)
+    except PolicyError:
+        raise
+    except Exception as e:
+        message = f"cannot be read: {type(e).__name__}, please report the file"
+        raise PolicyError((PolicyMistake(name, 1, 1, "", message),)) from e
+
+
+def _parse(text: str | bytes, name: str, base: Path, key_files: bool) -> Policy:
     mistakes = Mistakes(name)
     read = source.read(text, mistakes)
     file, broken = _validated(read, mistakes)

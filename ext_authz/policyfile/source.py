@@ -2,7 +2,7 @@
 
 Anything that two YAML parsers could read differently is a mistake: anchors, aliases, tags, merge keys, duplicate keys,
 keys that are not text, directives, further documents, odd line breaks. Hostile text is refused in bounded time and
-memory. Source: YAML 1.1 as libyaml reads it, from its events, which still distinguish explicit tags from implied ones.
+memory. Source: libyaml's events, which still distinguish explicit tags from implied ones; `scalars` for plain words.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+
+from ext_authz.policyfile.scalars import plain
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_VALUES = 500_000  # mappings, lists, keys and scalars together
@@ -219,7 +221,6 @@ class _Composer:
         self._loader = _Loader(text)
         self._next = self._loader.get_event
         self._left = MAX_VALUES
-        self._plain: dict[str, Any] = {}
 
     def document(self) -> dict[str, Any]:
         try:
@@ -267,7 +268,7 @@ class _Composer:
             self._spoil(at, path, f"tag {quoted(tag)} is not supported; remove it")
         if isinstance(event, yaml.ScalarEvent):
             self.places.at[path] = at if event.value or key is None else key
-            value = self._scalar(event)
+            value = self._scalar(event, path)
             if not isinstance(value, str):
                 self.places.spellings[path] = event.value
             return value
@@ -276,31 +277,15 @@ class _Composer:
         self.places.at[path] = key or at
         return self._sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(path)
 
-    def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        """A plain scalar as YAML 1.1 reads it, except that times stay text. Anything quoted is text."""
-        text = event.value
+    def _scalar(self, event: yaml.ScalarEvent, path: Place) -> Any:
+        """The value of a scalar. Anything quoted is text."""
         if not event.implicit[0]:
-            return text
-        if text not in self._plain:
-            self._plain[text] = self._resolved(text)
-        return self._plain[text]
-
-    def _resolved(self, text: str) -> Any:
-        node = yaml.ScalarNode(self._loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+            return event.value
         try:
-            match node.tag.rpartition(":")[2]:
-                case "null":
-                    return None
-                case "bool":
-                    return self._loader.construct_yaml_bool(node)
-                case "int":
-                    return self._loader.construct_yaml_int(node)
-                case "float":
-                    return self._loader.construct_yaml_float(node)
-                case _:
-                    return text
-        except ValueError:  # `0x_`, or more digits than Python converts: not meant as a number
-            return text
+            return plain(event.value)
+        except ValueError as e:
+            self._spoil(_start(event), path, f"{quoted(event.value)} {e}")
+            return event.value
 
     def _sequence(self, path: Place) -> list[Any]:
         items: list[Any] = []
@@ -332,7 +317,7 @@ class _Composer:
             if isinstance(key, list | dict):
                 self._mistakes.add(at, path, f"found {found(key, '')} as a key, expected text")
             return None
-        key = self._scalar(event)
+        key = self._scalar(event, path)
         if not isinstance(key, str):
             advice = "; quote it" if event.value else ""
             self._spoil(at, path, f"found {found(key, event.value)} as a key, expected text{advice}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ext_authz.core.condition import Condition, Truth, context
+from ext_authz.core.jwk import parse_jwks
 from ext_authz.core.policy import Policy
 from ext_authz.policyfile.source import quoted
 
@@ -24,6 +26,17 @@ def warnings(policy: Policy) -> list[str]:
     if policy.clearance and not policy.issuers:
         return ["clearance: no rule is ever used, because there are no issuers", *_unreachable(policy)]
     return [*_idle_rules(policy), *_unreachable(policy)]
+
+
+def key_warnings(policy: Policy) -> Iterator[str]:
+    """A line for each key of a JWKS file that will be skipped, and for each file without any key to verify with."""
+    for issuer in policy.issuers.values():
+        if issuer.jwks is None or issuer.jwks.file is None:
+            continue
+        found = parse_jwks(Path(issuer.jwks.file).read_bytes())
+        yield from (f"issuer {quoted(issuer.issuer)}: {line}; it is skipped" for line in found.skipped)
+        if not found.keys:
+            yield f"issuer {quoted(issuer.issuer)}: the file holds no usable key, so its tokens are refused"
 
 
 def _idle_rules(policy: Policy) -> Iterator[str]:

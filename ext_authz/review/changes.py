@@ -158,7 +158,30 @@ def _revoked(old: Policy, new: Policy) -> Iterator[Change]:
 
 
 def _gate(old: Policy, new: Policy) -> Iterator[Change]:
-    yield from _edited("gate", _gate_texts(old), _gate_texts(new), Effect.NEUTRAL)
+    """What can be asked for at all, as experts that no gate rule lets a request name are out of everybody's reach."""
+    before, after = _askable(old), _askable(new)
+    gained, lost = ((after - before) & old.experts.keys(), (before - after) & new.experts.keys())
+    if gained:
+        yield Change(Effect.WIDER, "gate", f"requests can now ask for {_names(gained)}")
+    if lost:
+        yield Change(Effect.NARROWER, "gate", f"requests can no longer ask for {_names(lost)}")
+    # Where a request is sent matters to conditions that read it.
+    by_request = old.reads_request or new.reads_request
+    yield from _edited("gate", _gate_texts(old), _gate_texts(new), Effect.UNCLEAR if by_request else Effect.NEUTRAL)
+
+
+def _askable(policy: Policy) -> Reach:
+    """The experts that some request can ask for, or be downgraded to."""
+    asked: set[str] = set()
+    for rule in policy.gate:
+        match rule.source:
+            case Body() | Header():
+                return frozenset(policy.experts)
+            case DefaultOnly():
+                asked.update(rule.default or ())
+            case unknown:
+                assert_never(unknown)
+    return frozenset(asked.union(*(policy.experts[name].downgrade_to for name in asked)))
 
 
 def _gate_texts(policy: Policy) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from ext_authz.core import identity
 from ext_authz.core.clearance import claims_read, clearance
@@ -65,8 +66,15 @@ def by_token(policy: Policy, token: str) -> Identity | Refusal:
     return identity.verify(policy, asyncio.run(loaded()), token, time.time())
 
 
-def by_claims(policy: Policy, claims: Claims) -> Identity:
-    """The caller that a verified token with `claims` would identify."""
+def by_claims(policy: Policy, claims: Claims) -> Identity | Refusal:
+    """The caller of a token that verifies and has `claims`, or why it identifies none.
+
+    What the claims leave out does not count against them: the issuer is the policy's first, and the token is new.
+    """
+    if claims.get("iss", next(iter(policy.issuers), None)) not in policy.issuers:
+        return Refusal(Reason.INVALID_TOKEN, "the token's issuer is not trusted")
+    if policy.revoked.covers({"iat": inf, **claims}):
+        return Refusal(Reason.INVALID_TOKEN, "the token is revoked")
     tier, errors = clearance(policy, claims)
     return Identity(tier, str(claims.get("sub", "")), str(claims.get("iss", "")), claims, errors=errors)
 
@@ -78,7 +86,7 @@ def explain(
     decision = decide(policy, caller, experts, request, downgrade)
     return Explanation(
         decision.verdict.value, decision.reason.value, decision.serve, policy.tiers[caller.tier],
-        _tier_rule(policy, caller), tuple(_lines(policy, decision)), (*caller.errors, *decision.errors),
+        _tier_rule(policy, caller), tuple(_lines(policy, decision)), decision.errors,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class Shadow:
             if text is None:
                 return False
             path = self._file.path
-            policy = await asyncio.to_thread(parse_policy, text, str(path), path.parent)
+            policy = await asyncio.to_thread(parse_policy, text, str(path), path.parent, key_files=False)
         except (PolicyError, OSError) as e:
             self._refuse(str(e))
             return False

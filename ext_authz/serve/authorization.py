@@ -105,8 +105,8 @@ class Authorization:
         decision, caller, _ = outcome
         until = leases.grant(epoch.snapshot.policy, outcome, request, now) if epoch.grants else None
         if until is None:
-            return epoch.writer.write(decision, decision_id, caller.subject)
-        answer = epoch.writer.grant(decision, decision_id, until, caller.subject)
+            return epoch.writer.write(decision, decision_id, caller.subject, caller.issuer or "")
+        answer = epoch.writer.grant(decision, decision_id, until, caller.subject, caller.issuer or "")
         self._tally.leases += 1
         return answer
 

@@ -72,6 +72,8 @@ class Report:
         yield from total.tally().families()
         yield from _policy(self.control.status)
         yield gauge("srp_envoy_connected", "Envoys connected to ADS.", self.ads.connected)
+        refused = float(self.ads.last_error is not None)
+        yield gauge("srp_envoy_refused", "1 while Envoy's last answer to new clusters is a refusal.", refused)
         yield from _keys(self.keys.status())
         yield from _caches(total)
         yield gauge("srp_workers", "Processes that accept checks.", 1 + self.workers.serving)
@@ -105,8 +107,12 @@ def _keys(keys: tuple[KeyStatus, ...]) -> Iterator[Metric]:
     for key in keys:
         fetches.add_metric([key.issuer], key.fetches)
         failures.add_metric([key.issuer], key.failures)
-    yield fetches
-    yield failures
+    usable = GaugeMetricFamily("srp_keys", "Keys that verify an issuer's tokens; 0: all fail.", labels=["issuer"])
+    skipped = GaugeMetricFamily("srp_keys_skipped", "Keys of an issuer that cannot be used.", labels=["issuer"])
+    for key in keys:
+        usable.add_metric([key.issuer], key.keys)
+        skipped.add_metric([key.issuer], len(key.skipped))
+    yield from (fetches, failures, usable, skipped)
 
 
 def _caches(total: Counts) -> Iterator[Metric]:

@@ -200,10 +200,13 @@ class Workers:
             settings.cached_decisions, settings.log_level,
         )  # fmt: skip
         worker.send(frames.frame(start))
-        for policy in self._policies.values():
-            worker.send(policy)
+        # What is in force first, then what may come: a worker forgets a policy that neither of the two needs.
         if self._epoch is not None:
+            worker.send(self._policies[self._epoch.policy])
             worker.send(frames.frame(self._epoch))
+        for digest, policy in self._policies.items():
+            if self._epoch is None or digest != self._epoch.policy:
+                worker.send(policy)
 
     def _receive(self, worker: WorkerProcess, message: frames.ToOwner) -> None:
         match message:

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from types import MappingProxyType
 
 import aiohttp
 
-from ext_authz.core.jwk import Key, parse_jwks, secret_key
+from ext_authz.core.jwk import Key, KeySet, parse_jwks, secret_key
 from ext_authz.core.jwks_url import shown
 from ext_authz.core.policy import Issuer, JwksSource
 from ext_authz.sources.http import session_for
 from ext_authz.sources.key_source import SourceError, fetch, read_file
+from ext_authz.sources.watched import WatchedFile
 
 log = logging.getLogger("srp.keys")
 
@@ -39,7 +41,6 @@ class Pace:
     first_wait: float = 3.0
     refresh_wait: float = 3.0
     refresh_apart: float = 10.0
-    file_interval: float = 10.0
     max_backoff: float = 60.0
     log_apart: float = 60.0
 
@@ -57,6 +58,7 @@ class KeyStatus:
     last_error: str | None
     fetches: int
     failures: int
+    skipped: tuple[str, ...] = ()
 
 
 class KeyStore:
@@ -150,7 +152,7 @@ class KeyStore:
         return _Followed(issuer, self._session, self._publish, self._clock, self._pace, old)
 
     def _publish(self) -> None:
-        keys = {name: f.keys for name, f in self._followed.items() if f.keys}
+        keys = {name: f.keys for name, f in self._followed.items() if f.keys is not None}
         if keys != self._keys:
             self._keys = MappingProxyType(keys)
             self._version += 1
@@ -161,7 +163,7 @@ class KeyStore:
 class _Record:
     """What is known about one place that keys come from. Survives a change in how the place is read."""
 
-    keys: tuple[Key, ...] = ()
+    keys: KeySet | None = None
     digest: bytes = b""
     loaded_at: float | None = None
     next_refresh: float = -inf
@@ -186,7 +188,7 @@ class _Followed:
     ) -> None:
         self._session, self._changed, self._clock, self._pace = session, changed, clock, pace
         self._name, self._secret_file, self._jwks = issuer.issuer, issuer.secret_file, issuer.jwks or JwksSource()
-        self._interval = self._jwks.refresh if self._jwks.url is not None else pace.file_interval
+        self._file = Path(file) if (file := self._secret_file or self._jwks.file) is not None else None
         self._place = self._secret_file or self._jwks.file or shown(self._jwks.url or "")
         self._record: _Record = old._record if old is not None and old._origin == self._origin else _Record()
         self._background: asyncio.Task[None] | None = None
@@ -194,14 +196,18 @@ class _Followed:
         self.tried = asyncio.Event()
 
     @property
-    def keys(self) -> tuple[Key, ...]:
-        return self._record.keys
+    def keys(self) -> tuple[Key, ...] | None:
+        """The issuer's keys, perhaps none; None if none were ever loaded."""
+        return None if self._record.keys is None else self._record.keys.keys
 
     @property
     def status(self) -> KeyStatus:
         record = self._record
         age = None if record.loaded_at is None else self._clock() - record.loaded_at
-        return KeyStatus(self._name, len(record.keys), age, record.error, record.fetches, record.failures)
+        found = record.keys or KeySet(())
+        return KeyStatus(
+            self._name, len(found.keys), age, record.error, record.fetches, record.failures, found.skipped
+        )  # fmt: skip
 
     @property
     def _origin(self) -> tuple[str | None, ...]:
@@ -230,17 +236,21 @@ class _Followed:
         await self._load(self._pace.refresh_wait)
 
     async def _keep_fresh(self) -> None:
+        await self._load()
+        if self._file is not None:
+            async for _ in WatchedFile(self._file).changes():
+                await self._load()
         while True:
-            await self._load()
             await asyncio.sleep(self._delay())
+            await self._load()
 
     def _delay(self) -> float:
         """Seconds until the next attempt: jitter spreads out many replicas; after failures, exponential backoff."""
         jitter = random.uniform(0.8, 1.0)  # noqa: S311 - spreads load, is no secret
         if self._record.failed_in_row:
             backoff = 2.0 ** min(self._record.failed_in_row, 16)
-            return min(self._interval, self._pace.max_backoff, backoff) * jitter
-        return self._interval * jitter
+            return min(self._jwks.refresh, self._pace.max_backoff, backoff) * jitter
+        return self._jwks.refresh * jitter
 
     async def _load(self, wait: float | None = None) -> None:
         """One attempt, shared by all concurrent callers. A caller that gives up or is cancelled does not end it."""
@@ -264,17 +274,17 @@ class _Followed:
             self.tried.set()
 
     async def _read(self) -> bytes:
-        if self._jwks.url is not None and self._secret_file is None:
-            return await fetch(self._session, self._jwks, self._jwks.url)
-        return await asyncio.to_thread(read_file, self._place)
+        if self._file is None:
+            return await fetch(self._session, self._jwks, self._jwks.url or "")
+        return await asyncio.to_thread(read_file, str(self._file))
 
-    def _parse(self, data: bytes) -> tuple[Key, ...]:
+    def _parse(self, data: bytes) -> KeySet:
         try:
-            return parse_jwks(data) if self._secret_file is None else (secret_key(data),)
+            return parse_jwks(data) if self._secret_file is None else KeySet((secret_key(data),))
         except ValueError as e:
             raise SourceError(str(e)) from None
 
-    def _succeeded(self, fresh: tuple[Key, ...] | None, digest: bytes) -> None:
+    def _succeeded(self, fresh: KeySet | None, digest: bytes) -> None:
         """`fresh` are the keys of a source that changed; None if it did not."""
         record = self._record
         if record.error is not None:
@@ -282,9 +292,17 @@ class _Followed:
         record.loaded_at, record.error, record.failed_in_row = self._clock(), None, 0
         if fresh is not None:
             record.keys, record.digest = fresh, digest
-            kids = ", ".join(ascii(k.kid[:64]) for k in fresh[:8] if k.kid is not None)
-            log.info("keys of %s: %d from %s (kid %s)", self._name, len(fresh), self._place, kids or "absent")
+            self._log_keys(fresh)
             self._changed()
+
+    def _log_keys(self, fresh: KeySet) -> None:
+        kids = ", ".join(ascii(k.kid[:64]) for k in fresh.keys[:8] if k.kid is not None)
+        if fresh.keys:
+            log.info("keys of %s: %d from %s (kid %s)", self._name, len(fresh.keys), self._place, kids or "absent")
+        else:
+            log.error("keys of %s: %s holds no usable key; its tokens are refused", self._name, self._place)
+        for line in fresh.skipped:
+            log.warning("keys of %s: %s: skipped %s", self._name, self._place, line)
 
     def _failed(self, error: str) -> None:
         record = self._record
@@ -293,7 +311,7 @@ class _Followed:
         record.error = f"{self._place}: {error}"
         if record.failed_in_row == 1 or self._clock() - record.logged_at >= self._pace.log_apart:
             record.logged_at = self._clock()
-            state = f"the good keys ({len(record.keys)}) stay" if record.keys else "its tokens are refused"
+            state = f"the good keys ({len(record.keys.keys)}) stay" if record.keys else "its tokens are refused"
             log.warning("keys of %s: %s; %s", self._name, record.error, state)
 
 

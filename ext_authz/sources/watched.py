@@ -46,10 +46,10 @@ class WatchedFile:
                 self.path.parent, watch_filter=self._concerns, debounce=50, step=50, recursive=False,
                 rust_timeout=int(POLL_INTERVAL * 1000), yield_on_timeout=True,
             )  # fmt: skip
-            with suppress(FileNotFoundError):
+            with suppress(OSError, RuntimeError):
                 async for _ in events:
                     yield
-            await asyncio.sleep(POLL_INTERVAL)  # the folder does not exist
+            await asyncio.sleep(POLL_INTERVAL)  # the folder does not exist, or the system has no watch left
             yield
 
     def _concerns(self, _: Change, path: str) -> bool:

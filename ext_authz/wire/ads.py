@@ -94,24 +94,50 @@ class Ads:
         """Envoys with an open stream."""
         return len(self._streams)
 
+    @property
+    def refused(self) -> str | None:
+        """Why an Envoy has refused the resources in force; None if none has."""
+        if self._current is None:
+            return None
+        return next((error for s in self._streams if (error := s.refused(self._current))), None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether an Envoy is connected, and every one that is has acknowledged the resources in force."""
+        return self._current is not None and bool(self._streams) and all(s.has(self._current) for s in self._streams)
+
     def agreed(self, url: str) -> str | None:
-        """The version of this type that all Envoys asking for it have acknowledged; None if there is no single one."""
-        versions = {s.acked(url) for s in self._streams if s.asks_for(url)}
+        """The version of this type that all Envoys asking for it have acknowledged; None if there is no single one.
+
+        An Envoy that has left a push unanswered for its whole timeout does not count until it answers again.
+        """
+        versions = {s.acked(url) for s in self._streams if s.asks_for(url) and not s.late}
         return versions.pop() if len(versions) == 1 else None
 
-    async def publish(self, resources: Resources, timeout: float = 2.0) -> Publication:  # noqa: ASYNC109 - not raised
+    async def publish(
+        self,
+        resources: Resources,
+        timeout: float = 2.0,  # noqa: ASYNC109 - not raised
+        restoring: bool = False,
+    ) -> Publication:
         """Send `resources` to the connected Envoys and wait, at most `timeout` seconds, until all of them have it.
 
         They are in force from now on, also for Envoys that connect later. NACKED puts the previous ones back in force.
+        `restoring`: they were in force before those that Envoy has rejected, so their ACK does not clear the error.
         """
         if self._fixed:
             resources = Resources.of({**self._fixed, **resources.types})
         async with self._publishing:
             before, self._current = self._current, resources
+            if restoring:
+                self._restored = resources.version
             self._wake()
             try:
                 published = await asyncio.wait_for(self._verdict(resources), timeout)
             except TimeoutError:
+                for stream in self._streams:
+                    stream.late = not stream.has(resources)
+                self.on_change()
                 return Publication(PublishResult.TIMEOUT, f"envoy has not answered for {timeout:g} s")
             if published.result is PublishResult.NACKED:
                 self._current = before
@@ -141,7 +167,10 @@ class Ads:
         while self._streams:
             if error := next((e for s in self._streams if (e := s.refused(resources))), None):
                 return Publication(PublishResult.NACKED, error)
-            if all(s.has(resources) for s in self._streams):
+            waiting = [s for s in self._streams if not s.late]
+            if not waiting:
+                return Publication(PublishResult.TIMEOUT, "no connected envoy answers")
+            if all(s.has(resources) for s in waiting):
                 return Publication(PublishResult.ACKED)
             self._progress.clear()
             await self._progress.wait()
@@ -173,6 +202,7 @@ class Ads:
         try:
             async for data in requests:
                 error = stream.receive(_Request.FromString(data))
+                stream.late = stream.late and not (self._current and stream.has(self._current))
                 self._received(error)
                 stream.wake.set()
         except (DecodeError, ValueError) as e:
@@ -213,9 +243,13 @@ class _Subscription:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One Envoy's stream: requests in, the next response out. `wake` is set when there may be one."""
+    """One Envoy's stream: requests in, the next response out. `wake` is set when there may be one.
+
+    `late`: it has left a push unanswered for its whole timeout, so the next one does not wait for it.
+    """
 
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    late: bool = False
     _types: dict[str, _Subscription] = field(default_factory=dict)
     _nonce: int = 0
 

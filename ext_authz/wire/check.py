@@ -40,7 +40,7 @@ _IF_ABSENT = HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _VISIBLE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"  # visible ASCII that quote() leaves alone; `%` itself is encoded
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _PREPARED = 1024  # decisions whose answers are cached
-_CACHED_SUBJECTS = 16_384
+_CACHED_CALLERS = 16_384
 _SHORT = 128  # characters; longer subjects are not cached
 MAX_RETRIES = 10
 _NONE: frozenset[str] = frozenset()
@@ -77,8 +77,9 @@ class Raw:
                 else:
                     found[name] = header.raw_value.decode("latin-1")
         return Request(
-            self._http.method, self.fingerprint[0], found, self.body, frozenset(repeated) if repeated else _NONE
-        )
+            self._http.method, self.fingerprint[0], found, self.body, frozenset(repeated) if repeated else _NONE,
+            len(sent), len(self._http.header_map),
+        )  # fmt: skip
 
 
 def parse(data: bytes) -> Raw:
@@ -125,18 +126,18 @@ class Writer:
             self._ready = [f"{n:016x}" for n in numbers]
         return self._ready.pop()
 
-    def write(self, decision: Decision, decision_id: str | None = None, subject: str = "") -> bytes:
-        """A serialised CheckResponse with `decision_id`, or a new id, for a caller with this `subject`."""
+    def write(self, decision: Decision, decision_id: str | None = None, subject: str = "", issuer: str = "") -> bytes:
+        """A serialised CheckResponse with `decision_id`, or a new id, for the caller that is `subject` to `issuer`."""
         parts = self._prepared.get(decision) or self._prepare(decision)
         answer = (decision_id or self.new_id()).encode().join(parts)
         if not decision.serve:
             return answer
-        part = _subject_part if len(subject) <= _SHORT else _subject_part.__wrapped__
-        return answer + part(subject)
+        part = _caller_part if len(subject) <= _SHORT else _caller_part.__wrapped__
+        return answer + part(subject, issuer)
 
-    def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "") -> bytes:
+    def grant(self, decision: Decision, decision_id: str, until: float, subject: str = "", issuer: str = "") -> bytes:
         """As `write`, with a lease: Envoy may repeat the decision until `until` (seconds since the epoch)."""
-        response = _CheckResponse.FromString(self.write(decision, decision_id, subject))
+        response = _CheckResponse.FromString(self.write(decision, decision_id, subject, issuer))
         lease = response.dynamic_metadata.fields["lease"].struct_value.fields
         lease["epoch"].string_value = self._lease_epoch
         lease["expires"].string_value = str(int(until * 1000))
@@ -156,18 +157,17 @@ class Writer:
         return parts
 
 
-@lru_cache(_CACHED_SUBJECTS)
-def _subject_part(subject: str) -> bytes:
-    """The part of an answer that depends on the subject, to append to a serialised answer: protobuf merges concatenated
+@lru_cache(_CACHED_CALLERS)
+def _caller_part(subject: str, issuer: str) -> bytes:
+    """The part of an answer that depends on the caller, to append to a serialised answer: protobuf merges concatenated
     messages (its page "Encoding").
 
-    Without a subject, it removes the client's own header. Envoy has already done so; this is a second safeguard.
+    What it does not set it removes from the client's headers. Envoy has already done so; this is a second safeguard.
     """
     response = _CheckResponse()
-    if subject:
-        _set(response.ok_response.headers, {headers.SUBJECT: quote(subject, safe=_VISIBLE)})
-    else:
-        response.ok_response.headers_to_remove.append(headers.SUBJECT)
+    own = {headers.SUBJECT: subject, headers.ISSUER: issuer}
+    _set(response.ok_response.headers, {name: quote(text, safe=_VISIBLE) for name, text in own.items() if text})
+    response.ok_response.headers_to_remove.extend(name for name, text in own.items() if not text)
     return bytes(response.SerializeToString())
 
 
@@ -176,7 +176,7 @@ def _ok(policy: Policy, decision: Decision, decision_id: str) -> Any:
     response = _CheckResponse()
     ok = response.ok_response
     experts = [policy.experts[n] for n in (*decision.serve, *decision.standby)[:MAX_NAMES]]
-    targets = [f"{e.cluster};w={e.weight};m={e.traffic.max_requests}" for e in experts]
+    targets = [f"{policy.envoy_clusters[e.name]};w={e.weight};m={e.traffic.max_requests}" for e in experts]
     for i in range(len(decision.serve), len(targets)):
         targets[i] += ";s"  # standby
     upstream = {

@@ -4,10 +4,10 @@ A request may be served by any expert that its decision permits, and by no other
 them is idlest (envoy/least_request.lua), and only Envoy's health checks know which are alive. Ladders combine the two:
 aggregate clusters, whose rungs Envoy tries in order, skipping dead ones.
 
-    expert-a              expert A alone
-    expert-a~expert-b     A, then B, then the spare
-    expert-a~             A, then the spare: in policies with more than MAX_PAIRED experts, which have too many pairs
-    ~spare                every endpoint again, reachable only through the names in a request's own `fallback_list`
+    expert-a.D                expert A alone; D stands for the digest of `Policy.envoy_clusters`
+    expert-a.D~expert-b.D     A, then B, then the spare
+    expert-a.D~               A, then the spare: in policies of more than MAX_PAIRED experts, which have too many pairs
+    ~spare                    every endpoint again, reachable only through the names in a request's `fallback_list`
 
 The first two rungs are the idlest and the second idlest. If both are dead, the spare takes any other expert that the
 request's decision permits. A request without a list gets no host from it, and one with a list only hosts on the list.
@@ -19,7 +19,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
 from envoy_data_plane.envoy.extensions.clusters.aggregate.v3 import ClusterConfig
@@ -61,19 +61,36 @@ _COMMON: Fields = {
 }
 
 
-def cluster_resources(policy: Policy) -> Resources:
-    """What Envoy needs to serve `policy`. The same policy gives the same bytes, whatever the order of its experts."""
-    experts = sorted(policy.experts.values(), key=lambda e: e.cluster)
-    clusters = [*map(_expert, experts), *_ladders([e.cluster for e in experts])]
-    if len(experts) > 2:
-        clusters.append(_spare(experts))
+class _Member(NamedTuple):
+    """An expert under the name of its cluster in Envoy."""
+
+    cluster: str
+    expert: Expert
+
+
+def cluster_resources(policy: Policy, *draining: Policy) -> Resources:
+    """What Envoy needs to serve `policy`, and requests that `draining` policies, newest first, have let through.
+
+    The same policies give the same bytes, whatever the order of their experts. Where two policies give the same name,
+    it means the same (`Policy.envoy_clusters`), and the newer one says how requests are sent there.
+    """
+    members: dict[str, _Member] = {}
+    ladders: dict[str, Fields] = {}
+    spare = False
+    for each in (policy, *draining):
+        own = sorted((_Member(each.envoy_clusters[e.name], e) for e in each.experts.values()), key=lambda m: m.cluster)
+        members = {m.cluster: m for m in own} | members
+        ladders = {ladder["name"]: ladder for ladder in _ladders(own)} | ladders
+        spare = spare or len(own) > 2
+    clusters = [*map(_expert, members.values()), *ladders.values(), *([_spare([*members.values()])] if spare else [])]
     return Resources.of({TYPE_CLUSTER: tuple(_packed(Cluster, c) for c in clusters)})
 
 
-def _expert(expert: Expert) -> Fields:
-    traffic = expert.traffic
+def _expert(member: _Member) -> Fields:
+    traffic = member.expert.traffic
     return {
-        **_served(expert.cluster, [expert], traffic.health),
+        **_served(member.cluster, [member], traffic.health),
+        "alt_stat_name": member.expert.cluster,  # statistics and logs go on under one name
         "connect_timeout": _seconds(traffic.connect_timeout),
         "load_balancing_policy": _lb_policy("least_request", LeastRequest, _least_request(traffic.slow_start)),
         "outlier_detection": _outlier(traffic.outlier) if traffic.outlier else None,
@@ -81,57 +98,63 @@ def _expert(expert: Expert) -> Fields:
     }
 
 
-def _ladders(names: Sequence[str]) -> Iterator[Fields]:
-    spare = [SPARE] * SPARE_RUNGS if len(names) > 2 else []
-    if len(names) <= MAX_PAIRED:
-        rungs = ((f"{a}~{b}", [a, b]) for a, b in permutations(names, 2))
+def _ladders(members: Sequence[_Member]) -> Iterator[Fields]:
+    spare = [SPARE] * SPARE_RUNGS if len(members) > 2 else []
+    if len(members) <= MAX_PAIRED:
+        ladders = [list(pair) for pair in permutations(members, 2)]
     else:
-        rungs = ((f"{a}~", [a]) for a in names)
-    for name, clusters in rungs:
+        ladders = [[member] for member in members]
+    for tried in ladders:
         yield {
-            "name": name,
+            "name": _ladder_name([m.cluster for m in tried]),
+            "alt_stat_name": _ladder_name([m.expert.cluster for m in tried]),
             "lb_policy": ClusterLbPolicy.CLUSTER_PROVIDED,
             "cluster_type": {
                 "name": "envoy.clusters.aggregate",
-                "typed_config": _any(ClusterConfig, {"clusters": [*clusters, *spare]}),
+                "typed_config": _any(ClusterConfig, {"clusters": [*(m.cluster for m in tried), *spare]}),
             },
             "common_lb_config": _COMMON,
             "circuit_breakers": _breakers(),
         }
 
 
-def _spare(experts: Sequence[Expert]) -> Fields:
+def _ladder_name(clusters: Sequence[str]) -> str:
+    return "~".join(clusters) if len(clusters) > 1 else f"{clusters[0]}~"
+
+
+def _spare(members: Sequence[_Member]) -> Fields:
     """What is left when the idlest two are dead.
 
     A cluster has one health check, so the spare has the one that most experts share. Endpoints of the others count as
     healthy until a connection fails: one failure ejects an endpoint, from this cluster only.
     """
-    health, _ = Counter(e.traffic.health for e in experts).most_common(1)[0]
-    least = min(e.traffic.max_requests for e in experts)
+    traffic = [m.expert.traffic for m in members]
+    health, _ = Counter(t.health for t in traffic).most_common(1)[0]
+    least = min(t.max_requests for t in traffic)
     subset = {
         "subset_selectors": [{"keys": ["cluster"]}],
         "metadata_fallback_policy": SubsetLbSubsetMetadataFallbackPolicy.FALLBACK_LIST,
         "subset_lb_policy": _lb_policy("least_request", LeastRequest, _least_request()),
     }
     return {
-        **_served(SPARE, experts, health),
-        "connect_timeout": _seconds(min(e.traffic.connect_timeout for e in experts)),
+        **_served(SPARE, members, health),
+        "connect_timeout": _seconds(min(t.connect_timeout for t in traffic)),
         "load_balancing_policy": _lb_policy("subset", Subset, subset),
         "outlier_detection": _outlier(Outlier(1, base_ejection=2.0)),
         "circuit_breakers": _breakers(least, least),
     }
 
 
-def _served(name: str, experts: Sequence[Expert], health: Health | None) -> Fields:
+def _served(name: str, members: Sequence[_Member], health: Health | None) -> Fields:
     """The part about the endpoints of one or more experts. `health` checks those experts that have this same check."""
-    endpoints = [p for e in experts for p in _endpoints(e, checked=e.traffic.health == health)]
+    endpoints = [p for m in members for p in _endpoints(m, checked=m.expert.traffic.health == health)]
     http1 = {
         "explicit_http_config": {"http_protocol_options": {}},
         "common_http_protocol_options": {"idle_timeout": _seconds(_IDLE)},
     }
     return {
         "name": name,
-        **_discovery(experts),
+        **_discovery([m.expert for m in members]),
         "load_assignment": {
             "cluster_name": name,
             "endpoints": [{"lb_endpoints": endpoints}],
@@ -160,13 +183,13 @@ def _discovery(experts: Sequence[Expert]) -> Fields:
     return {"cluster_type": {"name": "envoy.clusters.dns", "typed_config": _any(DnsCluster, dns)}}
 
 
-def _endpoints(expert: Expert, checked: bool) -> Iterator[Fields]:
+def _endpoints(member: _Member, checked: bool) -> Iterator[Fields]:
     """`srp.expert` says who answered, for the response header and the log; `envoy.lb.cluster` is for the spare."""
     metadata = {
-        "srp": {"fields": {"expert": {"string_value": expert.name}}},
-        "envoy.lb": {"fields": {"cluster": {"string_value": expert.cluster}}},
+        "srp": {"fields": {"expert": {"string_value": member.expert.name}}},
+        "envoy.lb": {"fields": {"cluster": {"string_value": member.cluster}}},
     }
-    for endpoint in expert.endpoints:
+    for endpoint in member.expert.endpoints:
         address = {"address": endpoint.host, "port_value": endpoint.port}
         yield {
             "endpoint": {

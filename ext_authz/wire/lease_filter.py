@@ -11,7 +11,7 @@ from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.message_pool import default_message_pool
 
-from ext_authz.core.headers import FIELDS, READ_BY_EVERY_DECISION, TO_EXPERT, removed
+from ext_authz.core.headers import FIELDS, MAX_LINES, MAX_SIZE, READ_BY_EVERY_DECISION, TO_EXPERT, removed
 from ext_authz.core.leases import ENTRIES, leasable, possible
 from ext_authz.core.policy import Header, Policy
 from ext_authz.wire.twin import twins
@@ -57,6 +57,8 @@ def settings(policy: Policy, lease_epoch: str, entries: int = ENTRIES) -> str:
         "to_client": [{"name": field.name, "header": field.header} for field in FIELDS if field.header],
         "logged": [field.name for field in FIELDS],
         "removed": removed(policy.forward_token),
+        "max_lines": MAX_LINES,
+        "max_size": MAX_SIZE,
     }
     return f"SRP = {_lua(values)}\n"
 

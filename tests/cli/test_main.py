@@ -84,6 +84,48 @@ def test_explain_reads_a_token(capsys: pytest.CaptureFixture[str], demo_dir: Pat
     assert (found["verdict"], found["serve"], found["tier"]) == ("allow", ["C"], "high")
 
 
+@pytest.mark.parametrize(
+    ("claims", "why"),
+    [
+        ({"iss": "https://stranger.example.com/"}, "the token's issuer is not trusted"),
+        ({"sub": "mallory"}, "the token is revoked"),
+        ({"jti": "stolen", "iss": ISSUER}, "the token is revoked"),
+        ({"iat": 1}, "the token is revoked"),
+    ],
+    ids=["foreign", "subject", "id", "old"],
+)
+def test_explain_refuses_claims_that_no_valid_token_has(
+    capsys: pytest.CaptureFixture[str], demo_dir: Path, claims: dict[str, object], why: str
+) -> None:
+    """As the server would: such a caller reaches nobody, not even what anonymous callers reach."""
+    path = demo_dir / "policy.yaml"
+    path.write_text(
+        path.read_text() + "\nrevoked: {sub: [mallory], jti: [stolen], issued_before: 2026-01-01T00:00:00Z}\n"
+    )
+    command = ["explain", "--policy", str(path), "--experts", "A", "--claims"]
+    code, out, err = run(capsys, *command, json.dumps(claims))
+    assert (code, out, err) == (1, "", f"srp explain: 401 invalid_token: {why}\n")
+    code, out, _ = run(capsys, *command, json.dumps({"iss": ISSUER, "sub": "ada", "jti": "fine"}))
+    assert (code, out.splitlines()[-1]) == (0, "verdict   allow (permitted): A")
+
+
+def test_explain_names_an_error_of_a_condition_once(capsys: pytest.CaptureFixture[str], demo_dir: Path) -> None:
+    path = demo_dir / "policy.yaml"
+    path.write_text(path.read_text().replace("claims.plan ==", "claims.n + 1 > 0 && claims.plan =="))
+    command = ["explain", "--policy", str(path), "--experts", "A", "--claims", '{"n": "text"}', "--json"]
+    code, out, _ = run(capsys, *command)
+    assert (code, json.loads(out)["condition_errors"]) == (0, ["clearance[0].when"])
+
+
+def test_check_warns_of_a_key_set_without_keys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It may be meant, so the policy is good."""
+    path = write_policy(tmp_path)
+    (tmp_path / "jwks.json").write_text('{"keys": []}')
+    code, out, err = run(capsys, "check", str(path))
+    assert (code, "ok" in out) == (0, True)
+    assert err == f"{path}: warning: issuer `https://idp.example.com/`: {NO_KEY}\n"
+
+
 def test_explain_rejects_a_bad_token(capsys: pytest.CaptureFixture[str], demo_dir: Path, tmp_path: Path) -> None:
     """In one line that does not repeat it."""
     token = tmp_path / "t.jwt"
@@ -120,6 +162,8 @@ def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert json.loads(out)["type"] == "object"
 
+
+NO_KEY = "the file holds no usable key, so its tokens are refused"
 
 MISTAKES = [
     (["check", "nowhere.yaml"], 1, "nowhere.yaml"),

@@ -14,9 +14,10 @@ import pytest
 
 from ext_authz.cli.main import main
 from tests.harness import ROOT
-from tests.harness.policies import write_keys
+from tests.harness.policies import BROKEN, BROKEN_KEYS, write_keys
+from tests.harness.server import served
 
-BROKEN = sorted((ROOT / "tests/policyfile/broken").glob("*.yaml"))
+REFUSED = [path for path in BROKEN if path.stem not in BROKEN_KEYS]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def own_logging() -> Iterator[None]:
     root.setLevel(level)
 
 
-@pytest.mark.parametrize("path", BROKEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", REFUSED, ids=lambda p: p.stem)
 @pytest.mark.usefixtures("own_logging")
 def test_a_broken_policy_is_refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With exit status 1; every line names the file."""
@@ -39,6 +40,21 @@ def test_a_broken_policy_is_refused(path: Path, tmp_path: Path, capsys: pytest.C
         main(["serve", "--policy", str(tmp_path / "policy.yaml"), "--listen", f"unix:{tmp_path}/s", "--status", "off"])
     assert ended.value.code == 1
     assert all(line.startswith(f"{tmp_path}/policy.yaml:") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("name", ["jwks_file_missing", "jwks_file_private", "secret_file_short"])
+def test_a_policy_with_a_broken_key_file_is_served(tmp_path: Path, name: str) -> None:
+    """The log names the file; its issuer's tokens are refused until it is mended. The other mistakes of key files
+    are in tests/policyfile."""
+    assert name in BROKEN_KEYS
+    write_keys(tmp_path)
+    (tmp_path / "short-secret").write_text("0123456789")
+    shutil.copy(ROOT / "tests/policyfile/broken" / f"{name}.yaml", tmp_path / "policy.yaml")
+    with served(tmp_path) as it:
+        assert "is in force" in it.log
+        assert "its tokens are refused" in it.log
+        assert it.status()["policy"]["error"] is None
+        assert it.status()["keys"][0]["last_error"]
 
 
 def test_a_refused_policy_ends_the_process_without_a_traceback(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ POLICY = Policy(
 
 def keys(*names: str) -> Keys:
     """ISSUER's keys with the ES256 key of each of `names`."""
-    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)))}
+    return {ISSUER: tuple(key for name in names or ("",) for key in parse_jwks(tokens.jwks("ES256", name=name)).keys)}
 
 
 def token(name: str = "", **over: Any) -> str:
@@ -107,6 +107,28 @@ def test_the_identity_comes_first_then_the_gate_then_the_decision(
 ) -> None:
     found = decided(Snapshot(policy, keys()), request_())
     assert (found.verdict, found.reason, found.serve, found.caller_tier) == (verdict, reason, serve, tier)
+
+
+LARGE = [
+    # name, header lines, bytes of headers, whether they are too many
+    ("small", 10, 1000, False),
+    ("the most", 80, 48 * 1024, False),
+    ("a line too many", 81, 1000, True),
+    ("a byte too many", 10, 48 * 1024 + 1, True),
+]
+
+
+@pytest.mark.parametrize(("lines", "size", "refused"), [row[1:] for row in LARGE], ids=[row[0] for row in LARGE])
+@pytest.mark.parametrize("bearer", [None, "a.b.c"])
+def test_headers_that_leave_no_room_for_a_decisions_own_come_before_all_else(
+    bearer: str | None, lines: int, size: int, refused: bool
+) -> None:
+    """Otherwise Envoy would fail with 503 when it adds them."""
+    request = request_for("A", bearer)._replace(lines=lines, size=size)
+    found = outcome(Snapshot(POLICY, keys()), request)
+    assert (found.decision.reason is Reason.HEADERS_TOO_LARGE) is refused
+    assert not refused or found.decision.verdict is Verdict.DENY
+    assert not refused or "80 headers, or over 48 KiB" in found.decision.detail
 
 
 REFUSALS = [

@@ -190,6 +190,8 @@ BODIES: list[tuple[str, bytes, Outcome]] = [
     ("no such member: the default", b"{}", DEFAULT),
     ("other members: the default", b'{"token_id": 1}', DEFAULT),
     ("a member in another case, which some experts would read", b'{"Expert_Names": ["C"]}', BAD),
+    ("a name with a NUL, which a reader in C cuts there", b'{"expert_names\\u0000x": ["C"]}', BAD),
+    ("a control character in any name beside it", b'{"expert_names": ["A"], "a\\u0085": 1}', BAD),
     ("an escaped member name is the member", b'{"expert\\u005fnames": ["C"]}', ("C",)),
     ("an empty list is not the default", names([]), NONE),
     ("null", names(None), BAD),

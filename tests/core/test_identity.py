@@ -59,8 +59,8 @@ def keys() -> identity.Keys:
     """The keys of three issuers. The second has a key with the same `kid` as one of the first's."""
     other = json.dumps({"keys": [tokens.jwk("ES256", "other", kid="ES256")]}).encode()
     return {
-        ISSUER: parse_jwks(tokens.jwks()),
-        OTHER: parse_jwks(other),
+        ISSUER: parse_jwks(tokens.jwks()).keys,
+        OTHER: parse_jwks(other).keys,
         SHARED: (secret_key(key_of("HS256")),),
     }
 
@@ -524,6 +524,12 @@ def test_a_token_whose_key_is_unknown_calls_for_fresh_keys(build: Callable[[], s
     assert repeats_nothing(found.detail, token)
 
 
+def test_an_issuer_with_an_empty_key_set_verifies_no_token() -> None:
+    """401, not 503: its keys are known, and there are none. Newer ones may be asked for."""
+    found = refused(verify(POLICY, {ISSUER: ()}, good(), NOW))
+    assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, ISSUER)
+
+
 def test_missing_keys_are_not_the_callers_fault() -> None:
     """503 `keys_unavailable`, with the issuer; a token that no key could verify is still a 401."""
     found = refused(verify(POLICY, {}, good(), NOW))
@@ -612,7 +618,7 @@ def test_the_tier_depends_on_the_claims(keys: identity.Keys) -> None:
 def test_without_a_kid_two_keys_that_fit_are_refused() -> None:
     """Such a token verifies only if exactly one key fits its algorithm."""
     two = json.dumps({"keys": [tokens.jwk("ES256"), tokens.jwk("ES256", "eve"), tokens.jwk("RS256")]}).encode()
-    known = {ISSUER: parse_jwks(two)}
+    known = {ISSUER: parse_jwks(two).keys}
     assert refused(verify(POLICY, known, sign(claims(), kid=None), NOW)).issuer == ISSUER
     assert isinstance(verify(POLICY, known, sign(claims()), NOW), Identity)
     assert isinstance(verify(POLICY, known, sign(claims(), name="eve"), NOW), Identity)
@@ -621,7 +627,7 @@ def test_without_a_kid_two_keys_that_fit_are_refused() -> None:
 
 def test_a_key_without_alg_verifies_the_algorithms_of_its_type() -> None:
     """An RSA key without `alg` verifies those of RS256 and PS256 that the issuer's list has, and nothing else."""
-    known = {ISSUER: parse_jwks(json.dumps({"keys": [tokens.jwk("RS256", alg=None, kid="k")]}).encode())}
+    known = {ISSUER: parse_jwks(json.dumps({"keys": [tokens.jwk("RS256", alg=None, kid="k")]}).encode()).keys}
     for alg in ("RS256", "PS256"):
         token = signed_by(header(alg, kid="k"), claims(), alg, key_of("RS256"))
         assert isinstance(verify(POLICY, known, token, NOW), Identity)
@@ -794,7 +800,7 @@ def mutations(draw: st.DrawFn) -> Callable[[str], str]:
 def test_no_mutation_of_a_good_token_verifies(change: Callable[[str], str], alg: str) -> None:
     token = good(alg)
     mutant = change(token)
-    found = verify(POLICY, {ISSUER: parse_jwks(tokens.jwks("ES256", "EdDSA", "RS256"))}, mutant, NOW)
+    found = verify(POLICY, {ISSUER: parse_jwks(tokens.jwks("ES256", "EdDSA", "RS256")).keys}, mutant, NOW)
     assert isinstance(found, Identity) is (mutant == token)
 
 
@@ -818,7 +824,10 @@ def test_signed_nonsense_never_raises(body: dict[str, Any], head: dict[str, Any]
     """Whatever an issuer signs is verified or refused; what verifies follows the rules."""
     payload = {"exp": NOW + 300, "aud": AUDIENCE, "iss": ISSUER, **body}
     found = verify(
-        replace(POLICY, revoked=Revoked()), {ISSUER: parse_jwks(tokens.jwks("ES256"))}, sign(payload, header=head), NOW
+        replace(POLICY, revoked=Revoked()),
+        {ISSUER: parse_jwks(tokens.jwks("ES256")).keys},
+        sign(payload, header=head),
+        NOW,
     )
     if isinstance(found, Refusal):
         assert (found.reason, found.issuer) == (Reason.INVALID_TOKEN, None)

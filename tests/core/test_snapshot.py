@@ -21,7 +21,7 @@ def test_large_entries_evict_more_than_small_ones(tmp_path: Path) -> None:
     experts = "".join(f"  {n}: {{tier: low, endpoints: ['127.0.0.1:1']}}\n" for n in names)
     policy = load_policy(tmp_path, ("experts:\n", f"experts:\n{experts}"))
     snapshot = CacheSizes(tokens=64, decisions=64).snapshot(
-        policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256"))}, 1
+        policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256")).keys}, 1
     )
     for order in itertools.islice(itertools.permutations(names), 200):
         made = check(snapshot, Request("GET", "/x", {"x-expert-names": ",".join(order)}), time.time())

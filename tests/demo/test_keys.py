@@ -18,7 +18,7 @@ from tests.harness import tokens
 
 def claims_of(directory: Path, token: str) -> dict[str, Any]:
     """The claims, verified with the published key."""
-    (key,) = parse_jwks((directory / JWKS_FILE).read_bytes())
+    (key,) = parse_jwks((directory / JWKS_FILE).read_bytes()).keys
     assert jwt.get_unverified_header(token) == {"alg": "ES256", "kid": key.kid, "typ": "JWT"}
     return jwt.decode(token, key.material, algorithms=["ES256"], audience=AUDIENCE, issuer=ISSUER)
 
@@ -72,7 +72,7 @@ def test_a_new_key_replaces_the_old(tmp_path: Path) -> None:
     old = DemoKeys.create(tmp_path)
     new = DemoKeys.create(tmp_path)
     assert old.kid != new.kid
-    (key,) = parse_jwks((tmp_path / JWKS_FILE).read_bytes())
+    (key,) = parse_jwks((tmp_path / JWKS_FILE).read_bytes()).keys
     with pytest.raises(jwt.InvalidSignatureError):
         jwt.decode(old.mint({}, 60), key.material, algorithms=["ES256"], audience=AUDIENCE)
 

@@ -51,7 +51,7 @@ def load_policy(directory: Path, *edits: tuple[str, str], text: str = POLICY) ->
 
 
 def snapshot(policy: Policy) -> Snapshot:
-    return Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256"))})
+    return Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256")).keys})
 
 
 def authorization(policy: Policy) -> Authorization:

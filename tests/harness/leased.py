@@ -80,7 +80,7 @@ class Leased:
         await self.upstream.start()
         self.write_keys("")
         self.policy.write_text(self.text)
-        self.keys = KeyStore(pace=Pace(refresh_apart=0.0, file_interval=3600.0))
+        self.keys = KeyStore(pace=Pace(refresh_apart=0.0))
         self.ads = Ads(settle)
         self.authorization = Authorization(NO_POLICY, self.keys, self.tally)
         self.control = Control(

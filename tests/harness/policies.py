@@ -11,7 +11,18 @@ from jwt.algorithms import ECAlgorithm
 
 from ext_authz.core.policy import Policy
 from ext_authz.policyfile.parse import parse_policy
+from tests.harness import ROOT
 from tests.harness.tokens import AUDIENCE, ISSUER
+
+# Policies with one mistake each, and those whose mistake is in a key file: the server starts with them.
+BROKEN = sorted((ROOT / "tests/policyfile/broken").glob("*.yaml"))
+BROKEN_KEYS = frozenset(
+    {
+        "jwks_file_is_a_folder", "jwks_file_missing", "jwks_file_not_json", "jwks_file_other_algorithm",
+        "jwks_file_private", "secret_file_is_a_key", "secret_file_missing", "secret_file_short",
+        "secret_too_short_for_hs512",
+    }
+)  # fmt: skip
 
 # Who calls: the callers of `tokens`, some of them premium, and anonymous ones. The rest of a policy follows.
 HEAD = f"""\

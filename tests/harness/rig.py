@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -49,6 +50,7 @@ class Rig:
         self.authz = StubAuthz()
         self.ads = Ads(settle)
         self.resources: Resources | None = None
+        self._clusters: dict[str, str] = {}  # Envoy's name of each cluster in the last policy that has it
         self.experts: dict[str, list[Upstream]] = {}
         self.port = self.admin = 0
         self.log = directory / "envoy.log"
@@ -85,6 +87,7 @@ class Rig:
 
     async def publish(self, policy: Policy, timeout: float = 2.0) -> Any:
         self.resources = cluster_resources(policy)
+        self._clusters |= {e.cluster: policy.envoy_clusters[e.name] for e in policy.experts.values()}
         return await self.ads.publish(self.resources, timeout)
 
     async def start_envoy(self, change: Callable[[str], str] = str) -> None:
@@ -117,6 +120,10 @@ class Rig:
 
     # ---- asking ----
 
+    def target(self, text: str) -> str:
+        """`text` with the names of clusters that Envoy has for them: `expert-a;w=2` is `expert-a.DIGEST;w=2` there."""
+        return re.sub("[a-z0-9-]+", lambda name: self._clusters.get(name[0], name[0]), text)
+
     async def ask_admin(self, path: str) -> Any:
         async with aiohttp.ClientSession() as session, session.get(f"http://{HOST}:{self.admin}{path}") as response:
             text = await response.text()
@@ -132,8 +139,11 @@ class Rig:
         set: Mapping[str, str] = MappingProxyType({}),
         **script: Any,
     ) -> Answer:
-        """One request on a connection of its own. ext_authz answers with `target` and `set`, or as `script` says."""
-        chosen = {**set} if target is None else {"x-target-cluster": target, **set}
+        """One request on a connection of its own. ext_authz answers with `target` and `set`, or as `script` says.
+
+        Only in `target` are clusters named as in the policy.
+        """
+        chosen = {**set} if target is None else {"x-target-cluster": self.target(target), **set}
         sent = [*headers, ("x-test", json.dumps({"set": chosen, **script}))]
         began = time.monotonic()
         async with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from ext_authz.policyfile import values as policy_values
 from ext_authz.policyfile.parse import load_policy, parse_policy
 from ext_authz.policyfile.schema import json_schema
 from ext_authz.policyfile.source import PolicyError
-from ext_authz.policyfile.warnings import dropped, warnings
-from tests.harness import ROOT
-from tests.harness.policies import DEMO, SMALL, policy, text, write_keys
+from ext_authz.policyfile.warnings import dropped, key_warnings, warnings
+from tests.harness import ROOT, tokens
+from tests.harness.policies import BROKEN_KEYS, DEMO, SMALL, policy, text, write_keys
 
 FIXTURES = Path(__file__).parent / "broken"
+ODD_BOOLEAN = "is a boolean in YAML 1.1 and text in YAML 1.2; write `true` or `false`, or quote it"
+ODD_NUMBER = "is a number that YAML readers take differently, or too long; write it plainly, or quote it"
 DOCS = ROOT / "docs" / "policy.md"
 ISSUER = {"issuer": "https://idp.example.com/", "audiences": ["moe"], "algorithms": ["ES256"]}
 
@@ -36,7 +39,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("keys")
     write_keys(directory)
     (directory / "not-json.json").write_text("keys: []")
-    (directory / "no-keys.json").write_text('{"keys": []}')
     (directory / "short-secret").write_text("0123456789")
     return directory
 
@@ -70,7 +72,7 @@ BROKEN = {
     "allow_boolean": "4:53: experts.A.allow: found the boolean `true`, expected text; quote it",
     "allow_empty": "4:46: experts.A.allow: found nothing, expected text",
     "anchor": "3:12: anonymous: anchor `&lowest` is not supported; remove it",
-    "boolean_key": "5:3: experts: found the boolean `on` as a key, expected text; quote it",
+    "boolean_key": f"5:3: experts: `on` {ODD_BOOLEAN}",
     "byte_order_mark": "1:1: a byte order mark is not allowed",
     "clearance_reads_request": (
         "4:11: clearance[0].when: not a condition: `request` cannot be read here; this condition reads `claims`"
@@ -179,7 +181,6 @@ BROKEN = {
         "publish public keys only, and replace this one"
     ),
     "jwks_file_with_refresh": "7:5: issuers[0].jwks: `refresh` is for a `url`, found a `file`",
-    "jwks_file_without_keys": "7:18: issuers[0].jwks.file: `no-keys.json`: holds no usable signature key among 0",
     "jwks_plain_http": (
         "7:17: issuers[0].jwks.url: found `http://idp.example.com/jwks.json`, expected https; http is for "
         "a loopback host only"
@@ -195,12 +196,14 @@ BROKEN = {
     "list_as_key": "3:3: found a list as a key, expected text",
     "log_claims_twice": "3:24: log_claims[2]: `org` is listed twice",
     "many_mistakes": (
-        "2:20: tiers[2]: found the boolean `no`, expected text; quote it\n"
+        f"2:20: tiers[2]: `no` {ODD_BOOLEAN}\n"
+        "3:12: anonymous: unknown tier `lo`; did you mean `low`?\n"
         "5:5: clearance[0].tier: required key is missing\n"
         "5:40: clearance[0].tire: unknown key; did you mean `tier`?\n"
         "6:12: clearance[1].when: not a condition: syntax error: mismatched input '<EOF>' expecting {'[', "
         "'{', '(', '.', '-', '!', 'true', 'false', 'null', NUM_FLOAT, NUM_INT, NUM_UINT, STRING, BYTES, "
         "IDENTIFIER} (at character 15)\n"
+        "6:36: clearance[1].tier: unknown tier `highest`; did you mean `high`?\n"
         "8:61: experts.A.wieght: unknown key; did you mean `weight`?\n"
         f"9:30: experts.B.endpoints[0]: found `expert-b`, {ENDPOINT}\n"
         "10:65: experts.C.downgrade_to[1]: unknown expert `Z`; expected `A`, `B` or `C`\n"
@@ -237,7 +240,7 @@ BROKEN = {
     ),
     "tab_indentation": "4:1: a tab in the indentation; use spaces",
     "tag": "3:12: anonymous: tag `!!str` is not supported; remove it",
-    "tier_boolean": "2:9: tiers[0]: found the boolean `no`, expected text; quote it",
+    "tier_boolean": f"2:9: tiers[0]: `no` {ODD_BOOLEAN}",
     "tier_named_deny": "2:14: tiers[1]: found `deny`, which is reserved, expected another name",
     "tier_twice": "2:20: tiers[2]: `low` is listed twice",
     "tier_with_space": (
@@ -275,6 +278,16 @@ def test_every_fixture_is_in_the_table() -> None:
     assert {path.stem for path in FIXTURES.iterdir()} == set(BROKEN)
 
 
+def test_without_key_files_a_policy_has_only_its_own_mistakes(keys: Path) -> None:
+    """As the server reads it: it gets the keys elsewhere, and a revocation must not wait for a key file."""
+    accepted = set()
+    for name in BROKEN:
+        with contextlib.suppress(PolicyError):
+            parse_policy((FIXTURES / f"{name}.yaml").read_bytes(), base=keys, key_files=False)
+            accepted.add(name)
+    assert accepted == BROKEN_KEYS
+
+
 @pytest.mark.parametrize("name", sorted(BROKEN))
 def test_messages_follow_one_style(name: str) -> None:
     """Lower case, no final period, one line."""
@@ -299,7 +312,7 @@ HOSTILE: dict[str, tuple[Callable[[], str | bytes], str]] = {
     ),
     "long number": (
         lambda: text(leeway="@").replace('"@"', "9" * 100_000),
-        f"37:12: leeway: found `{'9' * 64}...`, expected a duration such as `30s` (ms, s, m, h)",
+        f"37:12: leeway: `{'9' * 64}...` {ODD_NUMBER}",
     ),
     "long word": (
         lambda: text(**{"x" * 1000: 1}),
@@ -752,6 +765,34 @@ def test_warnings_about_many_experts_are_shortened() -> None:
     assert found[-1] == "experts: nobody can reach 490 more"
 
 
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([tokens.jwk("ES256")], []),
+        ([], ["the file holds no usable key, so its tokens are refused"]),
+        (
+            [{"kty": "RSA", "kid": "weak"}, tokens.jwk("ES256")],
+            ["keys[0] (kid 'weak'): n is not base64url; it is skipped"],
+        ),
+        (
+            [{"kid": "odd"}],
+            [
+                "keys[0] (kid 'odd'): has no kty; it is skipped",
+                "the file holds no usable key, so its tokens are refused",
+            ],
+        ),
+    ],
+    ids=["good", "empty", "one is skipped", "all are skipped"],
+)
+def test_key_files_get_a_warning_for_each_key_that_is_skipped(
+    tmp_path: Path, entries: list[Any], expected: list[str]
+) -> None:
+    """They are no mistakes: real issuers publish such keys beside good ones, and an empty set distrusts every key."""
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": entries}))
+    made = policy(tmp_path, issuers=[ISSUER | {"jwks": {"file": "keys.json"}}, REMOTE | {"issuer": "remote"}])
+    assert [*key_warnings(made)] == [f"issuer `{ISSUER['issuer']}`: {line}" for line in expected]
+
+
 def test_dropped_experts_are_named() -> None:
     """When a reload removes experts."""
     old, new = policy(), policy(experts={"A": LOW})
@@ -774,7 +815,7 @@ BEYOND_SCHEMA = (
     "gate_token_header",
     "gate_unknown_default", "gate_unreachable", "issuer_twice", "jwks_file_is_a_folder",
     "jwks_file_missing", "jwks_file_not_json", "jwks_file_other_algorithm", "jwks_file_private",
-    "jwks_file_without_keys", "jwks_plain_http",
+    "jwks_plain_http",
     "jwks_refresh_too_short", "jwks_url_with_user", "secret_", "tier_named_deny", "unknown_downgrade", "unknown_tier",
 )  # fmt: skip
 YAML_ONLY = (

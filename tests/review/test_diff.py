@@ -37,6 +37,7 @@ def pair(directory: Path, *edits: Edit, before: tuple[Edit, ...] = ()) -> tuple[
 ISSUER_LINE = POLICY[POLICY.index("  - {issuer") : POLICY.index("anonymous:")]
 OTHER_ISSUER = ISSUER_LINE.replace(tokens.ISSUER, "https://other.example/")
 RULE = "  - {when: 'claims.plan == \"premium\"', tier: high}\n"
+GATE = POLICY[POLICY.index("gate:") :]
 C = 'C: {tier: high, cluster: expert-c, endpoints: ["127.0.0.1:3"]'
 
 # ---- two policies ----------------------------------------------------------------------------------------------------
@@ -78,6 +79,12 @@ CHANGES: list[tuple[str, list[Edit], list[str]]] = [
     ("the gate", [("default: [A, B]", "default: [A]")], [
         "neutral gate[0] removed: path /route: json /expert_names, default [A, B]",
         "neutral gate[0] added: path /route: json /expert_names, default [A]",
+    ]),
+    ("a gate without choice", [(GATE, "gate:\n  - {prefix: /, default: [A]}\n")], [
+        "narrower gate requests can no longer ask for B, C, D",
+        "neutral gate[0] removed: path /route: json /expert_names, default [A, B]",
+        "neutral gate[1] removed: prefix /: header x-expert-names",
+        "neutral gate[0] added: prefix /: the default only, default [A]",
     ]),
     ("traffic", [('["127.0.0.1:1"]', '["127.0.0.1:9"], weight: 2, timeout: 5s')],
      ["neutral experts.A changed endpoints, weight, timeout"]),
@@ -414,6 +421,32 @@ def test_fail_on_widening_exits_1_if_and_only_if_access_may_widen(
     capsys.readouterr()
     assert exit_of(*command, "--fail-on", "widening") == int(expected)
     assert ("srp diff: widening: " in capsys.readouterr().err) is expected
+
+
+GATES = [
+    # name, old gate, new gate, whether it widens
+    ("a fixed list becomes a header", "{prefix: /, default: [A]}", "{prefix: /, header: x-names}", True),
+    ("a fixed list becomes a member", "{prefix: /, default: [A]}", "{prefix: /, json: /names}", True),
+    ("a header becomes a fixed list", "{prefix: /, header: x-names}", "{prefix: /, default: [A]}", False),
+    ("the list has one more", "{prefix: /, default: [A]}", "{prefix: /, default: [A, C]}", True),
+    ("one that can be downgraded to others", "{prefix: /, default: [B]}", "{prefix: /, default: [D]}", True),
+    ("the list has one fewer", "{prefix: /, default: [A, C]}", "{prefix: /, default: [A]}", False),
+    ("another header", "{prefix: /, header: x-names}", "{prefix: /, header: x-others}", False),
+    ("another path", "{path: /x, default: [A]}", "{path: /y, default: [A]}", False),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "widens"), [g[1:] for g in GATES], ids=[g[0] for g in GATES])
+def test_a_gate_widens_if_requests_can_ask_for_more_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, widens: bool
+) -> None:
+    """An expert that no request can name is out of everybody's reach."""
+    rules = POLICY[: POLICY.index("gate:")]
+    for name, rule in (("old.yaml", before), ("new.yaml", after)):
+        write_policy(tmp_path, f"{rules}gate:\n  - {rule}\n", name)
+    command = ("diff", str(tmp_path / "old.yaml"), str(tmp_path / "new.yaml"), "--fail-on", "widening")
+    assert exit_of(*command) == int(widens)
+    assert ("requests can now ask for" in capsys.readouterr().out) is widens
 
 
 def exit_of(*command: str) -> int:

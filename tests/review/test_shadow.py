@@ -172,7 +172,7 @@ def test_a_shadow_has_the_keys_of_the_policy_in_force_at_once(tmp_path: Path) ->
         shadow = Shadow(shadow_of(tmp_path))
         await shadow.reload()
         it = authorization(policy)
-        newer = Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256", name="next"))})
+        newer = Snapshot(policy, {tokens.ISSUER: parse_jwks(tokens.jwks("ES256", name="next")).keys})
         it.epoch = Epoch.of(newer)
         shadow.set_active(newer)
         it.witness = Witness(shadow, None)

@@ -53,7 +53,7 @@ POLICY = Policy(
 
 def epoch(policy: Policy = POLICY, *names: str) -> Epoch:
     """An epoch of `policy` with the ES256 keys of `names`, or without any keys."""
-    keys = tuple(key for name in names for key in parse_jwks(tokens.jwks("ES256", name=name)))
+    keys = tuple(key for name in names for key in parse_jwks(tokens.jwks("ES256", name=name)).keys)
     return Epoch.of(Snapshot(policy, {ISSUER: keys} if keys else {}))
 
 

@@ -149,7 +149,7 @@ class Owner:
         self.link.close()
 
     def ended(self) -> int:
-        return self.process.wait(5)
+        return self.process.wait(20)
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def policy_text(directory: Path) -> frames.PolicyText:
 
 def install(order: int, *names: str, epoch: int = 1, grants: bool = False) -> frames.Install:
     """An epoch with the ES256 keys of `names`."""
-    keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)))
+    keys = tuple(key_text(k) for name in names for k in parse_jwks(tokens.jwks("ES256", name=name)).keys)
     return frames.Install(order, epoch, DIGEST, {tokens.ISSUER: keys}, f"lease-{epoch}", grants)
 
 
@@ -309,6 +309,7 @@ def test_an_owner_waits_for_no_worker_forever(tmp_path: Path, monkeypatch: pytes
 
     async def play() -> None:
         async with running_workers(tmp_path, script, monkeypatch) as it:
+            await it.prepare(policy.digest, POLICY.encode(), tmp_path / "policy.yaml")
             it.install(Epoch.of(Snapshot(policy, epoch=1)))
             await it.settled()  # no worker decides yet
             await until(lambda: it._deciding(), "the worker to decide")
@@ -331,7 +332,9 @@ def test_an_owner_that_stalled_blames_no_worker(tmp_path: Path, monkeypatch: pyt
 
     async def play() -> None:
         async with running_workers(tmp_path, script, monkeypatch) as it:
-            it.install(Epoch.of(Snapshot(parse_policy(POLICY, key_files=False))))
+            policy = parse_policy(POLICY, key_files=False)
+            await it.prepare(policy.digest, POLICY.encode(), tmp_path / "policy.yaml")
+            it.install(Epoch.of(Snapshot(policy)))
             await until(lambda: it._deciding(), "the worker to decide")
             for _ in range(3):
                 time.sleep(0.3)
@@ -358,6 +361,32 @@ def test_an_owner_that_can_no_longer_watch_its_workers_ends_them_and_itself(
                 await asyncio.wait_for(it.ended(), 10)
             assert raised.group_contains(RuntimeError, match="a fault of its own")
             assert worker.process.returncode == -9
+
+    asyncio.run(play())
+
+
+def test_a_worker_that_starts_after_a_rejected_policy_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets what is in force first, so that a policy that never came into force does not make it forget that."""
+    monkeypatch.setattr(workers, "BACKOFF", 0.02)
+    policy = parse_policy(POLICY, key_files=False)
+    rejected = POLICY + "# another\n" * 500_000  # takes long to arrive: the worker has compiled the first by then
+
+    async def play() -> None:
+        async def refresh(_: str) -> None:
+            pass
+
+        it = Workers(Settings(tmp_path / "policy.yaml", f"unix:{tmp_path}/s", workers=2), refresh)
+        it.start()
+        try:
+            await it.prepare(policy.digest, POLICY.encode(), tmp_path / "policy.yaml")
+            it.install(Epoch.of(Snapshot(policy)))
+            await until(lambda: it.serving, "the worker", seconds=30)
+            await it.prepare("rejected", rejected.encode(), tmp_path / "policy.yaml")
+            (worker,) = it._alive
+            worker.process.kill()
+            await until(lambda: it.restarts and it.serving, "its successor", seconds=30)
+        finally:
+            await it.stop(0.0)
 
     asyncio.run(play())
 

@@ -30,6 +30,7 @@ from ext_authz.core.jwk import MAX_BYTES
 from ext_authz.core.jwks_url import jwks_url
 from ext_authz.core.policy import Issuer, JwksSource
 from ext_authz.sources.keys import KeyStatus, KeyStore, Pace
+from ext_authz.sources.watched import WatchedFile
 from tests.harness import tokens
 from tests.harness.waiting import until
 
@@ -301,7 +302,7 @@ def test_a_file_that_rotates_is_read_again(tmp_path: Path) -> None:
             (tmp_path / "link").replace(data)
 
         swap("one")
-        async with storing(file_interval=0.02) as store:
+        async with storing() as store:
             await store.follow([by_file(data / "jwks.json")])
             swap("two")
             await until(lambda: store.only.failures, "the failure")
@@ -319,7 +320,7 @@ def test_a_secret_that_rotates_is_read_again(tmp_path: Path) -> None:
     async def test() -> None:
         path = tmp_path / "secret"
         path.write_bytes(b"a" * 32)
-        async with storing(file_interval=0.02) as store:
+        async with storing() as store:
             await store.follow([by_secret(path)])
             replace(path, b"short")
             await until(lambda: store.only.failures, "the failure")
@@ -497,7 +498,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other success": (plain(NEW, status=203), "expected status 200, found 203"),
     "redirect": (plain(NEW, status=302, headers={"Location": "/elsewhere"}), "expected status 200, found 302"),
     "not json": (plain(b"<html>MARKER"), "is not JSON"),
-    "no keys": (plain(b'{"keys": []}'), "holds no usable signature key"),
+    "no set": (plain(b'{"MARKER": []}'), "is not a JWK Set"),
     "private key": (plain(json.dumps({"keys": [PRIVATE]}).encode()), "holds the private member d"),
     "huge": (plain(NEW + b" " * MAX_BYTES), "holds over 262144 bytes"),
     "endless": (endless, "holds over 262144 bytes"),
@@ -774,13 +775,21 @@ def test_a_cancelled_follow_changes_nothing() -> None:
 # --- the log -------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_is_bounded_and_shows_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_is_bounded_and_shows_no_secret(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Repeated failures are logged once a minute; a change is one line with the kids."""
     path = tmp_path / "jwks.json"
     path.write_bytes(OLD)
 
+    async def silent_changes(_: WatchedFile) -> AsyncIterator[None]:
+        await asyncio.sleep(3600)
+        yield
+
+    monkeypatch.setattr(WatchedFile, "changes", silent_changes)  # only `refresh` reads the file
+
     async def test() -> None:
-        async with storing(file_interval=3600.0) as store:
+        async with storing() as store:
             await store.follow([by_file(path)])
             replace(path, b'{"MARKER": 1}')
             for _ in range(13):

@@ -78,7 +78,7 @@ def test_envoy_keeps_its_clusters_while_ext_authz_restarts(running: Rig) -> None
         await running.stop_authz()
         assert (await running.send("expert-a")).code == "authz_unavailable"
         clusters = await running.ask_admin("/clusters")
-        assert "expert-a::" in clusters
+        assert f"{running.target('expert-a')}::" in clusters
         running.experts["A"][0].seen.clear()
         await running.start_authz()
         await until(lambda: running.ads.acknowledged is not None, "envoy to come back", running)

@@ -32,9 +32,9 @@ def test_a_policy_that_envoy_rejects_changes_neither_decisions_nor_envoy(
     """A port of 99999 reaches Envoy: decisions and Envoy stay as they were, and Envoy's message is reported."""
     good_resources = ext_authz.serve.control.cluster_resources
 
-    def with_mistake(policy: Policy) -> Resources:
+    def with_mistake(policy: Policy, *draining: Policy) -> Resources:
         """The policy's resources; in those of the marked policy, the port is impossible."""
-        made = good_resources(policy)
+        made = good_resources(policy, *draining)
         if policy.experts["A"].traffic.max_requests != 99:
             return made
         return Resources.of({url: tuple(_port_99999(m) for m in messages) for url, messages in made.types.items()})

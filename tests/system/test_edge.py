@@ -58,6 +58,13 @@ def test_a_target_set_by_the_client_is_passed_to_ext_authz_as_a_request(running:
             ([("x-target-cluster", "expert-b")], ["expert-b"]),
             ([("x-requested-cluster", "expert-b")], []),
             ([("x-target-cluster", "expert-a"), ("x-requested-cluster", "expert-b")], ["expert-a"]),
+            ([("x-target-cluster", "expert-b")] * 2, ["expert-b", "repeated"]),
+            ([("x-target-cluster", "expert-a"), ("x-target-cluster", "expert-b")], ["expert-a", "repeated"]),
+            ([("x-target-cluster", "expert-a"), ("x-target-cluster", "")], ["expert-a", "repeated"]),
+            ([("x-target-cluster", "")], [","]),
+            ([("x-target-cluster", ""), ("x-target-cluster", "")], [","]),
+            ([("x-target-cluster", "expert-b,expert-a")], ["expert-b,expert-a"]),
+            ([("x-target-cluster", ""), ("x-requested-cluster", "expert-b")], [","]),
         ):
             await running.send("expert-a", headers=headers)
             assert [v for k, v in running.authz.checks[-1] if k == "x-requested-cluster"] == wish
@@ -69,17 +76,9 @@ def test_a_target_set_by_the_client_is_passed_to_ext_authz_as_a_request(running:
 def test_headers_that_only_srp_may_set_are_removed_before_anyone_reads_them(running: Rig) -> None:
     async def play() -> None:
         ours = [
-            "subject",
-            "tier",
-            "decision",
-            "decision-id",
-            "reason",
-            "requested",
-            "unknown",
-            "policy",
-            "expert",
-            "attempts",
-        ]
+            "subject", "issuer", "tier", "decision", "decision-id", "reason", "requested", "unknown", "policy",
+            "expert", "attempts", "foo", "d", "downgrad", "downgraded", "downgrade-", "downgrade.x",
+        ]  # fmt: skip
         spoofs = [(f"X-SRP-{name}", "root") for name in ours for _ in range(2)]
         spoofs += [("x-envoy-auth-partial-body", "true"), ("x-envoy-retry-on", "5xx"), ("x-envoy-made-up", "1")]
         await running.send("expert-a", headers=[*spoofs, ("x-srp-downgrade", "never"), ("x-own", "1")])
@@ -110,7 +109,7 @@ def test_ext_authz_sees_the_bytes_that_the_expert_sees(running: Rig) -> None:
 
 
 CHANGES = [
-    "x-target-cluster", "x-srp-subject", "x-srp-tier", "x-srp-decision-id",
+    "x-target-cluster", "x-srp-subject", "x-srp-issuer", "x-srp-tier", "x-srp-decision-id",
     "x-envoy-upstream-rq-timeout-ms", "x-envoy-max-retries", "x-envoy-retry-on",
 ]  # fmt: skip
 REMOVALS = ["authorization", "x-expert-access-token", "x-requested-cluster", "x-srp-downgrade"]
@@ -118,8 +117,8 @@ REMOVALS = ["authorization", "x-expert-access-token", "x-requested-cluster", "x-
 
 @pytest.mark.parametrize("header", CHANGES)
 def test_ext_authz_may_set_these_headers(running: Rig, header: str) -> None:
-    value = {"x-target-cluster": "expert-a", "x-envoy-retry-on": "5xx"}.get(header, "900")
-    answer = running.run(running.send(set={"x-target-cluster": "expert-a", header: value}))
+    value = {"x-target-cluster": running.target("expert-a"), "x-envoy-retry-on": "5xx"}.get(header, "900")
+    answer = running.run(running.send("expert-a", set={header: value}))
     assert answer.status == 200
 
 

@@ -397,7 +397,7 @@ def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, mon
     broken = Resources.of({TYPE_CLUSTER: (b"\x0a\x01x\x10\x63",)})  # with a discovery type that does not exist
     answers = iter([broken])
     monkeypatch.setattr(
-        ext_authz.serve.control, "cluster_resources", lambda policy: next(answers, None) or good(policy)
+        ext_authz.serve.control, "cluster_resources", lambda *policies: next(answers, None) or good(*policies)
     )
     it.policy.write_text(it.text + "# refused\n")
     assert not it.run(it.control.reload())

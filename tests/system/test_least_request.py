@@ -60,7 +60,7 @@ PLACES = [
     ({"A": 5}, "expert-a,expert-b;s", 2, {"A": 7}),
     ({"A": 5}, "expert-a;m=5,expert-b;w=1;m=9;s", 2, {"A": 5, "B": 2}),
     ({"A": 1, "B": 1}, "expert-a;m=1,expert-b;m=1;s", 1, {"A": 2, "B": 1}),
-    ({"A": 1}, "expert-nowhere,expert-a", 1, {"A": 2}),
+    ({"A": 1}, "expert-nowhere.0123456789abcdef,expert-a", 1, {"A": 2}),
 ]
 
 
@@ -110,6 +110,11 @@ ODD = [
     "~spare",
     "EXPERT-A",
     "expert_a",
+    "expert-nowhere",
+    "expert-a.",
+    "expert-a.xyz",
+    "expert-a.0123456789abcdef.0123456789abcdef",
+    "admin",
     "ext_authz",
     "none",
     "expert-a\t",

@@ -16,12 +16,13 @@ import pytest
 
 from ext_authz.policyfile.parse import parse_policy
 from tests.conftest import demo_policy
-from tests.harness import ROOT, tokens
+from tests.harness import tokens
+from tests.harness.policies import BROKEN, BROKEN_KEYS
 from tests.harness.system import System, get_json, rss, system
 from tests.harness.waiting import wait_for
 
 SWAPS = int(os.environ.get("SRP_SWAPS", "100"))  # 1,000 for the figure in the README
-BROKEN = sorted((ROOT / "tests/policyfile/broken").glob("*.yaml"))
+REFUSED = [path for path in BROKEN if path.stem not in BROKEN_KEYS]
 FILES = {"jwks.json": tokens.jwks("RS256", "ES256", "EdDSA")}
 
 Answers = list[tuple[int, str, str]]
@@ -176,7 +177,7 @@ def test_a_token_revoked_by_jti_is_refused_from_the_reload_on(live: System, orig
     assert live.send(experts=["C"], token=other).status == 200
 
 
-@pytest.mark.parametrize("path", [p for p in BROKEN if "_file_" not in p.stem], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", REFUSED, ids=lambda p: p.stem)
 def test_a_broken_policy_keeps_the_old_one(live: System, original: str, path: Path) -> None:
     """The status has the error, and the old policy still decides."""
     before = live.status()["policy"]

@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc.aio
-from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, DiscoveryResponse
-from envoy_data_plane.google.rpc import Status
 
 from ext_authz.demo.ports import HOST
-from ext_authz.wire.ads import SERVICE, Ads, PublishResult, Resources
+from ext_authz.wire.ads import Ads, PublishResult, Resources
+from tests.harness.fake_envoy import FakeEnvoy
 from tests.harness.waiting import until
 
 CLUSTERS, FILTERS = "type.googleapis.com/test.Cluster", "type.googleapis.com/test.Filter"
 ONE, TWO, THREE = (Resources.of({CLUSTERS: (text,)}) for text in (b"one", b"two", b"three"))
 BOTH, NEWER = (Resources.of({CLUSTERS: (b"c%d" % n,), FILTERS: (b"f%d" % n,)}) for n in (1, 2))
-
-# ---- the fake Envoy ----
-
-
-class FakeEnvoy:
-    """One ADS stream."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._call = channel.stream_stream(f"/{SERVICE}/StreamAggregatedResources")()
-
-    async def ask(self, url: str = CLUSTERS, *, version: str = "", nonce: str = "", names: Sequence[str] = ()) -> None:
-        request = DiscoveryRequest(type_url=url, version_info=version, response_nonce=nonce, resource_names=[*names])
-        await self._call.write(bytes(request))
-
-    async def read(self, seconds: float = 2) -> DiscoveryResponse:
-        data = await asyncio.wait_for(self._call.read(), seconds)
-        assert data is not grpc.aio.EOF
-        return DiscoveryResponse.parse(data)
-
-    async def ack(self, response: DiscoveryResponse, names: Sequence[str] = ()) -> None:
-        await self.ask(response.type_url, version=response.version_info, nonce=response.nonce, names=names)
-
-    async def nack(self, response: DiscoveryResponse, why: str, version: str = "") -> None:
-        request = DiscoveryRequest(type_url=response.type_url, version_info=version, response_nonce=response.nonce)
-        request.error_detail = Status(code=13, message=why)
-        await self._call.write(bytes(request))
-
-    async def silent(self) -> bool:
-        """Whether nothing arrives. This ends the stream, so it must be a test's last step."""
-        task = asyncio.ensure_future(self._call.read())
-        done, _ = await asyncio.wait({task}, timeout=0.1)
-        if done:
-            return False
-        task.cancel()
-        return True
-
-    def leave(self) -> None:
-        self._call.cancel()
-
 
 Play = Callable[[Ads, Callable[[], FakeEnvoy]], Awaitable[None]]
 
@@ -99,7 +60,7 @@ async def connected(connect: Callable[[], FakeEnvoy], number: int) -> list[FakeE
     """So many Envoys, each of which has acknowledged the clusters in force."""
     envoys = [connect() for _ in range(number)]
     for envoy in envoys:
-        await envoy.ask()
+        await envoy.ask(CLUSTERS)
         await acked(envoy)
     return envoys
 
@@ -118,7 +79,7 @@ def test_without_envoy_resources_are_in_force_at_once_and_sent_to_any_that_conne
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         assert (await ads.publish(ONE)).result is PublishResult.NO_ENVOY
         envoy = connect()
-        await envoy.ask()
+        await envoy.ask(CLUSTERS)
         response = await envoy.read()
         assert (response.version_info, response.type_url) == (ONE.versions[CLUSTERS], CLUSTERS)
         assert [(r.type_url, r.value) for r in response.resources] == [(CLUSTERS, b"one")]
@@ -142,7 +103,7 @@ def test_fixed_resources_are_sent_once_and_on_request() -> None:
             response = await envoy.read()
             assert (response.type_url, [r.value for r in response.resources]) == ("endpoints", [b"fixed"])
             await envoy.ack(response)
-            await envoy.ask()
+            await envoy.ask(CLUSTERS)
             assert await acked(envoy) == ONE.versions[CLUSTERS]
             task = await publishing(ads, TWO)
             assert await acked(envoy) == TWO.versions[CLUSTERS]
@@ -181,7 +142,7 @@ def test_a_nack_is_reported_in_envoys_words_and_rolled_back_everywhere() -> None
         assert ads.last_error == "port 70000 is too large"
         assert await acked(good) == await acked(bad) == ONE.versions[CLUSTERS]
         late = connect()
-        await late.ask()
+        await late.ask(CLUSTERS)
         assert await acked(late) == ONE.versions[CLUSTERS]
         assert (await ads.publish(ONE)).result is PublishResult.ACKED
         assert (ads.acknowledged, ads.last_error) == (ONE.version, "port 70000 is too large")
@@ -197,7 +158,7 @@ def test_an_envoy_that_does_not_answer_costs_the_timeout_and_only_its_newest_ack
     async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
         await ads.publish(ONE)
         envoy = connect()
-        await envoy.ask()
+        await envoy.ask(CLUSTERS)
         first = await envoy.read()
         outcome = await ads.publish(TWO, timeout=0.1)
         assert outcome.result is PublishResult.TIMEOUT
@@ -235,7 +196,7 @@ def test_an_envoy_that_reconnects_is_served_whatever_version_it_claims() -> None
         await ads.publish(TWO)
         for version, nonce in (("", ""), (ONE.versions[CLUSTERS], "7"), (TWO.versions[CLUSTERS], "1")):
             envoy = connect()
-            await envoy.ask(version=version, nonce=nonce)
+            await envoy.ask(CLUSTERS, version=version, nonce=nonce)
             assert await acked(envoy) == TWO.versions[CLUSTERS]
             envoy.leave()
 
@@ -248,7 +209,7 @@ def test_types_are_sent_in_order_each_after_the_ack_of_the_one_before() -> None:
         envoy = connect()
         await envoy.ask(FILTERS, names=("lease",))
         assert (await envoy.read()).type_url == FILTERS  # it has not asked for clusters yet
-        await envoy.ask()
+        await envoy.ask(CLUSTERS)
         await acked(envoy)
         task = await publishing(ads, NEWER)
         response = await envoy.read()
@@ -270,7 +231,7 @@ def test_a_type_that_is_not_served_gets_no_answer() -> None:
         await ads.publish(ONE)
         envoy = connect()
         await envoy.ask("type.googleapis.com/test.Secret", names=("x",))
-        await envoy.ask()
+        await envoy.ask(CLUSTERS)
         assert await acked(envoy) == ONE.versions[CLUSTERS]
         await until(lambda: ads.acknowledged == ONE.version, "the ACK")
         assert await envoy.silent()
@@ -291,5 +252,74 @@ def test_a_malformed_stream_is_ended_and_the_others_go_on() -> None:
         task = await publishing(ads, TWO)
         await acked(good)
         assert (await task).result is PublishResult.ACKED
+
+    play(scene)
+
+
+def test_an_envoy_that_has_left_a_push_unanswered_is_not_waited_for_again_until_it_answers() -> None:
+    """Nor does its version count."""
+
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        quick, slow = await connected(connect, 2)
+        task = await publishing(ads, TWO, 0.2)
+        await acked(quick)
+        assert (await task).result is PublishResult.TIMEOUT
+        assert ads.agreed(CLUSTERS) == TWO.versions[CLUSTERS]
+        assert not ads.settled
+        began = time.monotonic()
+        task = await publishing(ads, THREE, 60)
+        await acked(quick)
+        assert (await task).result is PublishResult.ACKED
+        assert time.monotonic() - began < 5
+        assert ads.agreed(CLUSTERS) == THREE.versions[CLUSTERS]
+        assert await acked(slow) == TWO.versions[CLUSTERS]
+        assert await acked(slow) == THREE.versions[CLUSTERS]
+        await until(lambda: ads.settled, "the answer of the slow one")
+        task = await publishing(ads, ONE, 60)
+        await acked(quick)
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        await acked(slow)
+        assert (await task).result is PublishResult.ACKED
+
+    play(scene)
+
+
+def test_if_no_envoy_answers_the_next_push_waits_for_none() -> None:
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        await connected(connect, 1)
+        assert (await ads.publish(TWO, 0.05)).result is PublishResult.TIMEOUT
+        began = time.monotonic()
+        outcome = await ads.publish(THREE, 60)
+        assert (outcome.result, outcome.message) == (PublishResult.TIMEOUT, "no connected envoy answers")
+        assert time.monotonic() - began < 5
+        assert ads.agreed(CLUSTERS) is None
+
+    play(scene)
+
+
+def test_a_nack_after_the_timeout_is_there_to_be_seen() -> None:
+    """The resources stay in force until something else is published; restoring what was there clears no error."""
+
+    async def scene(ads: Ads, connect: Callable[[], FakeEnvoy]) -> None:
+        await ads.publish(ONE)
+        [envoy] = await connected(connect, 1)
+        assert (await ads.publish(TWO, 0.05)).result is PublishResult.TIMEOUT
+        assert ads.refused is None
+        changes = []
+        ads.on_change = lambda: changes.append(ads.refused)
+        await envoy.nack(await envoy.read(), "no")
+        await until(lambda: changes == ["no"], "the NACK")
+        await ads.publish(ONE, 0.05, restoring=True)
+        assert ads.refused is None
+        await acked(envoy)
+        await until(lambda: ads.settled, "the ACK")
+        assert ads.last_error == "no"
+        task = await publishing(ads, THREE)
+        await acked(envoy)
+        await task
+        assert ads.last_error is None
 
     play(scene)

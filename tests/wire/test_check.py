@@ -113,13 +113,17 @@ READS = [
     (
         "headers",
         check_request(("x-a", b"1"), (":path", b"/?q"), ("x-b", b"")),
-        Request("GET", "/", {"x-a": "1", ":path": "/?q", "x-b": ""}),
+        Request("GET", "/", {"x-a": "1", ":path": "/?q", "x-b": ""}, lines=3, size=31),
     ),
-    ("bytes are latin-1", check_request(("x-a", b"caf\xc3\xa9 \xff")), Request("GET", "/", {"x-a": "cafÃ© ÿ"})),
+    (
+        "bytes are latin-1",
+        check_request(("x-a", b"caf\xc3\xa9 \xff")),
+        Request("GET", "/", {"x-a": "cafÃ© ÿ"}, lines=1, size=16),
+    ),
     (
         "a repeated header: the first, and named",
         check_request(("x-a", b"1"), ("x-b", b"2"), ("x-a", b"3"), ("x-a", b"1")),
-        Request("GET", "/", {"x-a": "1", "x-b": "2"}, repeated=frozenset({"x-a"})),
+        Request("GET", "/", {"x-a": "1", "x-b": "2"}, repeated=frozenset({"x-a"}), lines=4, size=40),
     ),
     ("a raw body", check_request(raw_body=b"\xff\x00"), Request("GET", "/", {}, b"\xff\x00")),
     ("a text body", check_request(body="é"), Request("GET", "/", {}, "é".encode())),
@@ -186,13 +190,14 @@ POLICY = Policy(
     },
     digest="0123456789ab",
 )
+TO = POLICY.envoy_clusters
 GET = Request("GET", "/", {})
 CALLER = Identity(0, "ada", "https://idp.example.com/", {"org": "acme-claim"})
 ID = re.compile(r"[0-9a-f]{16}")
 
 
-def written(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> CheckResponse:
-    return response_of(Writer(policy).write(decision, subject=subject))
+def written(decision: Decision, policy: Policy = POLICY, subject: str = "ada", issuer: str = "idp") -> CheckResponse:
+    return response_of(Writer(policy).write(decision, subject=subject, issuer=issuer))
 
 
 def listed(options: list[HeaderValueOption]) -> dict[str, str]:
@@ -209,8 +214,10 @@ def listed(options: list[HeaderValueOption]) -> dict[str, str]:
     return found
 
 
-def for_expert(decision: Decision, policy: Policy = POLICY, subject: str = "ada") -> dict[str, str]:
-    response = written(decision, policy, subject)
+def for_expert(
+    decision: Decision, policy: Policy = POLICY, subject: str = "ada", issuer: str = "idp"
+) -> dict[str, str]:
+    response = written(decision, policy, subject, issuer)
     assert response.ok_response is not None
     return listed(response.ok_response.headers)
 
@@ -247,17 +254,23 @@ OK = [
     # name, decision, headers for the expert, headers for the client
     (
         "allow", asked("B", "A"),
-        {"x-target-cluster": "expert-b;w=1;m=1024,expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {
+            "x-target-cluster": f"{TO['B']};w=1;m=1024,{TO['A']};w=2;m=1024", "x-srp-subject": "ada",
+            "x-srp-issuer": "idp", "x-srp-tier": "low",
+        },
         {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "B,A", **DIGEST},
     ),
     (
         "anonymous", asked("A", caller=Identity(0)),
-        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-tier": "low"},
+        {"x-target-cluster": f"{TO['A']};w=2;m=1024", "x-srp-tier": "low"},
         {"x-srp-decision": "allow", "x-srp-reason": "permitted", "x-srp-requested": "A", **DIGEST},
     ),
     (
         "downgrade, with an unknown name", asked("C", "Z"),
-        {"x-target-cluster": "expert-a;w=2;m=1024", "x-srp-subject": "ada", "x-srp-tier": "low"},
+        {
+            "x-target-cluster": f"{TO['A']};w=2;m=1024", "x-srp-subject": "ada", "x-srp-issuer": "idp",
+            "x-srp-tier": "low",
+        },
         {
             "x-srp-decision": "downgrade", "x-srp-reason": "tier_too_low", "x-srp-requested": "C",
             "x-srp-unknown": "Z", **DIGEST,
@@ -276,7 +289,8 @@ def test_an_ok_sets_the_headers_for_expert_and_client(
     assert response.denied_response is None
     tries = LADDER if len(decision.serve) > 1 else TRIES
     limits = {"x-envoy-upstream-rq-timeout-ms": "60000", "x-envoy-max-retries": tries}
-    assert without_id(for_expert(decision, subject=sent.get("x-srp-subject", ""))) == {**sent, **limits}
+    caller = sent.get("x-srp-subject", ""), sent.get("x-srp-issuer", "")
+    assert without_id(for_expert(decision, POLICY, *caller)) == {**sent, **limits}
     assert without_id(for_client(decision)) == answered
     assert response.ok_response is not None
     assert response.ok_response.dynamic_metadata is None  # deprecated, and would replace ours
@@ -340,14 +354,16 @@ SUBJECTS = [
 def test_all_but_visible_ascii_in_a_subject_is_percent_encoded(subject: str, header: str) -> None:
     """So is the percent sign: no two subjects are encoded alike."""
     assert for_expert(asked("A"), subject=subject)["x-srp-subject"] == header
+    assert for_expert(asked("A"), issuer=subject)["x-srp-issuer"] == header
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50))
 def test_no_subject_can_inject_a_header(subject: str) -> None:
-    """The header is visible ASCII, and decodes to the subject."""
-    header = for_expert(asked("A"), subject=subject)["x-srp-subject"]
-    assert re.fullmatch("[!-~]+", header)
-    assert unquote(header) == subject
+    """Nor any issuer. The header is visible ASCII, and decodes to the text."""
+    sent = for_expert(asked("A"), subject=subject, issuer=subject)
+    for header in (sent["x-srp-subject"], sent["x-srp-issuer"]):
+        assert re.fullmatch("[!-~]+", header)
+        assert unquote(header) == subject
 
 
 DENIALS: list[tuple[str, Decision, int, dict[str, Any], dict[str, str]]] = [
@@ -516,7 +532,7 @@ def test_ids_are_unique() -> None:
     ids = []
     for writer in (Writer(POLICY), Writer(POLICY)):
         for decision in (asked("A"), asked("Z")):
-            ids += [ID.findall(writer.write(decision).decode("latin-1"))[0] for _ in range(2500)]
+            ids += [metadata_id(writer.write(decision)) for _ in range(2500)]
     assert len(set(ids)) == 10_000
 
 
@@ -558,7 +574,7 @@ def test_names_that_look_like_ids_are_written_as_they_are(names: list[str], subj
         response = response_of(data)
         assert response.ok_response is not None
         sent, answered = listed(response.ok_response.headers), listed(response.ok_response.response_headers_to_add)
-        assert sent["x-target-cluster"] == f"{names[0]};w=1;m=1024"
+        assert sent["x-target-cluster"] == f"{policy.envoy_clusters[names[0]]};w=1;m=1024"
         assert sent["x-srp-subject"] == subject
         assert answered["x-srp-policy"] == names[-1]
         assert answered["x-srp-requested"] == names[0]
@@ -569,7 +585,18 @@ def test_names_that_look_like_ids_are_written_as_they_are(names: list[str], subj
     st.lists(
         st.tuples(
             st.sampled_from([("A",), ("A", "B"), ("B", "A"), ("C",), ("C", "A"), ("A", "Z"), ("D",), ("E",)]),
-            st.sampled_from([Identity(0), Identity(1), CALLER, Identity(1, "bob"), Identity(0, "x\u00e9 %")]),
+            st.sampled_from(
+                [
+                    Identity(0),
+                    Identity(1),
+                    CALLER,
+                    Identity(1, "bob"),
+                    Identity(0, "x\u00e9 %"),
+                    Identity(1, "bob", "https://idp.example.com/"),
+                    Identity(0, "", "https://idp.example.com/"),
+                    Identity(1, "https://idp.example.com/", "bob"),
+                ]
+            ),
             st.booleans(),
         ),
         max_size=20,
@@ -583,15 +610,17 @@ def test_what_is_shared_between_callers_leaks_nothing(asked: list[tuple[Any, Ide
     for names, caller, downgrade in asked:
         decision = decide(policy, caller, names, GET, downgrade)
         both = used, Writer(policy, "epoch")
-        found, expected = (response_of(w.write(decision, "0" * 16, caller.subject)) for w in both)
+        who = caller.subject, caller.issuer or ""
+        found, expected = (response_of(w.write(decision, "0" * 16, *who)) for w in both)
         assert found == expected
         if decision.serve:
-            granted, fresh = (response_of(w.grant(decision, "0" * 16, 1e9, caller.subject)) for w in both)
+            granted, fresh = (response_of(w.grant(decision, "0" * 16, 1e9, *who)) for w in both)
             assert granted == fresh
             assert found.ok_response is not None
             sent = {o.header.key: o.header.value for o in found.ok_response.headers if o.header}
-            assert unquote(sent.get("x-srp-subject", "")) == caller.subject
-            assert ("x-srp-subject" in found.ok_response.headers_to_remove) is (caller.subject == "")
+            for name, text in zip(("x-srp-subject", "x-srp-issuer"), who, strict=True):
+                assert unquote(sent.get(name, "")) == text
+                assert (name in found.ok_response.headers_to_remove) is (text == "")
 
 
 def test_the_cache_of_prepared_answers_is_bounded() -> None:
@@ -649,7 +678,8 @@ def test_envoy_gets_the_stand_ins_and_may_change_the_verdict() -> None:
     response = written(decision, policy).ok_response
     assert response is not None
     headers = {o.header.key: o.header.value for o in response.headers if o.header}
-    assert headers["x-target-cluster"] == "c;w=1;m=1024,b;w=3;m=1024;s,d;w=1;m=1024;s,a;w=1;m=1024;s"
+    c, b, d, a = (policy.envoy_clusters[name] for name in "CBDA")
+    assert headers["x-target-cluster"] == f"{c};w=1;m=1024,{b};w=3;m=1024;s,{d};w=1;m=1024;s,{a};w=1;m=1024;s"
     actions = {o.header.key: o.append_action for o in response.response_headers_to_add if o.header}
     only_if_absent = {name for name, action in actions.items() if action is AppendAction.ADD_IF_ABSENT}
     assert only_if_absent == {"x-srp-decision", "x-srp-reason"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import timedelta
 from itertools import permutations
@@ -30,13 +31,30 @@ def resources(*experts: Expert) -> Resources:
 
 
 def made(*experts: Expert) -> dict[str, Any]:
-    clusters = [Cluster.parse(data) for data in resources(*experts).types[TYPE_CLUSTER]]
+    """The clusters by their names without digests, by which statistics call them."""
+    return plain(parsed(resources(*experts)))
+
+
+def parsed(found: Resources) -> dict[str, Any]:
+    clusters = [Cluster.parse(data) for data in found.types[TYPE_CLUSTER]]
     assert len({c.name for c in clusters}) == len(clusters)
     return {c.name: c for c in clusters}
 
 
+def plain(clusters: dict[str, Any]) -> dict[str, Any]:
+    found = {without_digests(name): c for name, c in clusters.items()}
+    assert len(found) == len(clusters)
+    assert all(c.alt_stat_name == name for name, c in found.items() if name != SPARE)
+    return found
+
+
+def without_digests(name: str) -> str:
+    return re.sub(r"\.[0-9a-f]{16}", "", name)
+
+
 def rungs(cluster: Any) -> list[str]:
-    return ClusterConfig.parse(cluster.cluster_type.typed_config.value).clusters
+    """The rungs of a ladder, without digests; each is the name of a cluster of this policy."""
+    return [*map(without_digests, ClusterConfig.parse(cluster.cluster_type.typed_config.value).clusters)]
 
 
 def many(n: int) -> list[Expert]:
@@ -108,7 +126,7 @@ def test_what_changes_the_clusters_changes_the_version(other: Expert) -> None:
 
 def test_what_does_not_concern_envoy_does_not_change_the_version() -> None:
     traffic = Traffic(timeout=1, retries=3, retry_on="5xx")
-    other = replace(A, tier=1, weight=9, downgrade_to=("B",), line=7, traffic=traffic)
+    other = replace(A, weight=9, downgrade_to=("B",), line=7, traffic=traffic)
     one, two = (cluster_resources(Policy(("low", "high"), {"A": e}, digest=d)) for e, d in ((A, "x"), (other, "y")))
     assert one == two
 
@@ -162,7 +180,7 @@ def test_the_spare_has_every_endpoint_and_selects_none_by_default() -> None:
     spare = made(A, B, C, odd)[SPARE]
     found = spare.load_assignment.endpoints[0].lb_endpoints
     tags = {e.metadata.filter_metadata["envoy.lb"].fields["cluster"].string_value for e in found}
-    assert tags == {"expert-a", "expert-b", "expert-c", "expert-d"}
+    assert tags == set(Policy(("low",), {e.name: e for e in (A, B, C, odd)}).envoy_clusters.values())
     unchecked = [e.endpoint.health_check_config.disable_active_health_check for e in found]
     assert unchecked == [False, False, False, True]
     extension = spare.load_balancing_policy.policies[0].typed_extension_config
