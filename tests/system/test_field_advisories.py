@@ -513,20 +513,23 @@ def test_ghsa_xgmm_8j9v_c9wx_a_public_key_is_no_secret(world: World) -> None:
     assert world.outcome(ask("/x", bearer(genuine), experts="C")) == permitted("/x", "HIGH")
 
 
-def test_ghsa_xgmm_8j9v_c9wx_a_policy_whose_secret_is_a_public_key_is_rejected(world: World) -> None:
-    """The same flaw by an operator's mistake: the old policy stays in force, and so does its secret."""
+def test_ghsa_xgmm_8j9v_c9wx_a_policy_cannot_make_a_public_key_a_secret(world: World) -> None:
+    """The same flaw by an operator's mistake: the issuer has no key then, and no token of it passes."""
     proxy, text = world.proxy, world.proxy.policy.read_text()
+
+    def mistake() -> str:
+        return next((k["last_error"] or "" for k in proxy.status()["keys"] if k["issuer"] == SHARED), "")
+
     digest = proxy.status()["policy"]["digest"]
     proxy.write_policy(text.replace("secret_file: secret", "secret_file: jwks.json"))
     try:
-        wait_for(lambda: proxy.status()["policy"]["error"], "the mistake to be found", proxy, seconds=10)
-        assert proxy.status()["policy"]["digest"] == digest
-        assert "is a public key, certificate or JWK, not a secret" in proxy.status()["policy"]["error"]
+        wait_for(mistake, "the mistake to be found", proxy, seconds=10)
+        assert "is a public key, certificate or JWK, not a secret" in mistake()
         forged = hs256((proxy.directory / "jwks.json").read_bytes(), premium(iss=SHARED), {})
-        assert world.outcome(ask("/x", bearer(forged))) == INVALID_TOKEN
+        assert world.outcome(ask("/x", bearer(forged))) == (503, "keys_unavailable", [])
     finally:
         proxy.write_policy(text)
-    wait_for(lambda: not proxy.status()["policy"]["error"], "the policy to be as before", proxy, seconds=10)
+    wait_for(lambda: proxy.status()["policy"]["digest"] == digest, "the policy to be as before", proxy, seconds=10)
 
 
 def unencoded(header: Mapping[str, Any], middle: str) -> str:
@@ -649,11 +652,12 @@ def test_cve_2026_47101_callers_do_not_widen_their_own_rights(world: World, head
         assert (answer.status, reason(answer), answer.headers["x-srp-expert"]) == (200, "permitted", "A")
         ((name, request),) = seen
         assert (name, request.method, request.raw_path) == ("LOW", "GET", "/x")
-        ours = [("x-srp-decision-id", answer.id), ("x-srp-subject", "ada"), ("x-srp-tier", "low")]
+        ours = [("x-srp-decision-id", answer.id), ISSUED, ("x-srp-subject", "ada"), ("x-srp-tier", "low")]
         assert received(request, "x-srp-", "x-target-", "x-requested-", "authorization") == ours
         assert {h for h in headers if h in received(request, "")} == {h for h in headers if h[0] in FORWARDED}
 
 
+ISSUED = ("x-srp-issuer", tokens.ISSUER)
 SUBJECT, TIER = ("x-srp-subject", "root"), ("x-srp-tier", "high")
 HEAD = b"POST /x HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-expert-names: A\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
@@ -688,7 +692,7 @@ def test_forged_identity_headers_give_way_to_the_verified_ones(world: World) -> 
     for _ in range(4):
         answer, seen = world.send(asked)
         assert (answer.status, reason(answer)) == (200, "permitted")
-        ours = [("x-srp-decision-id", answer.id), ("x-srp-subject", "grace"), ("x-srp-tier", "high")]
+        ours = [("x-srp-decision-id", answer.id), ISSUED, ("x-srp-subject", "grace"), ("x-srp-tier", "high")]
         assert [(name, received(request, "x-srp-", "authorization")) for name, request in seen] == [("HIGH", ours)]
         ids.add(answer.id)
     assert len(ids) < 4
