@@ -198,6 +198,43 @@ def test_a_client_may_ask_by_cluster_where_the_gate_says_so(proxy: System) -> No
     assert (answer.status, answer.headers["x-srp-expert"]) == (200, "C")
 
 
+@pytest.mark.parametrize(
+    ("wishes", "status", "code"),
+    [
+        (["expert-a", "expert-a"], 400, "bad_gate"),
+        (["expert-a", "expert-c"], 400, "bad_gate"),
+        (["expert-a", ""], 400, "bad_gate"),
+        ([""], 400, "no_experts_requested"),
+        (["", ""], 400, "no_experts_requested"),
+        (["", "expert-a"], 400, "no_experts_requested"),
+    ],
+    ids=str,
+)
+def test_a_wish_that_is_repeated_or_empty_is_refused(proxy: System, wishes: list[str], status: int, code: str) -> None:
+    """Neither the first value nor the default list counts, as in any other header that names experts."""
+    answer = proxy.send("/asked/x", headers=[("x-target-cluster", wish) for wish in wishes], body={})
+    assert (answer.status, answer.code) == (status, code)
+
+
+def test_a_token_header_that_the_connection_header_nominates_is_none(proxy: System) -> None:
+    """It is one hop's business by RFC 9110 §7.6.1: Envoy removes it before any filter, so the caller is anonymous."""
+    for name, value in (("authorization", f"Bearer {premium()}"), ("x-expert-access-token", premium())):
+        with_token = [(name, value)]
+        assert proxy.send(experts=["C"], headers=with_token).status == 200
+        nominated = proxy.send(experts=["C"], headers=[("connection", f"close, {name}"), *with_token])
+        assert (nominated.status, nominated.code) == (403, "tier_too_low")
+        assert nominated.json["error"]["caller_tier"] == "low"
+
+
+def test_more_headers_than_leave_room_for_a_decisions_own_are_refused(proxy: System) -> None:
+    """431, and not Envoy's 503 when it cannot add them."""
+    for headers in ([(f"h{n}", "v") for n in range(90)], [(f"h{n}", "v" * 7000) for n in range(8)]):
+        answer = proxy.send(experts=["A"], headers=headers, token=premium())
+        assert (answer.status, answer.code) == (431, "headers_too_large")
+    answer = proxy.send(experts=["A"], headers=[(f"h{n}", "v") for n in range(60)], token=premium())
+    assert answer.status == 200
+
+
 def test_the_expert_learns_who_calls_and_never_the_token(proxy: System) -> None:
     """Verified tier and subject are passed on; the sample experts record them."""
     subject = "caller-17"

@@ -87,6 +87,8 @@ def test_headers_that_only_srp_may_set_are_removed_before_anyone_reads_them(runn
         assert ("x-envoy-auth-partial-body", "false") in checked  # Envoy's own
         assert not {"x-envoy-retry-on", "x-envoy-made-up"} & {k for k, _ in checked}
         assert ("x-own", "1") in checked
+        (expert,) = running.experts["A"]
+        assert not [name for name in expert.seen[-1].headers if name.lower() in {n.lower() for n, _ in spoofs[:-3]}]
 
     running.run(play())
 

@@ -143,6 +143,7 @@ SAME: list[tuple[str, dict[str, Any]]] = [
     ("a name in other letters", {"headers": [("X-EXPERT-NAMES", "A")]}),
     ("another method", {"experts": "A", "method": "POST", "body": b"{}"}),
     ("what only we may write", {"experts": "A", "headers": [("x-srp-subject", "root"), ("x-srp-tier", "high")]}),
+    ("another issuer", {"experts": "A", "headers": [("x-srp-issuer", "https://evil.example/"), ("x-srp-foo", "1")]}),
     ("limits of Envoy's", {"experts": "A", "headers": [("x-envoy-max-retries", "9"), ("x-envoy-retry-on", "5xx")]}),
 ]
 
@@ -155,7 +156,8 @@ def test_what_no_decision_reads_does_not_matter_to_a_lease(proxy: Proxy, name: s
     assert other.id == first.id
     assert first.upstream is not None
     assert other.upstream is not None
-    for name in ("x-srp-subject", "x-srp-tier", "x-envoy-max-retries", "x-envoy-retry-on", "x-target-cluster"):
+    names = {n for n in {**first.upstream, **other.upstream} if n.startswith("x-srp-")}
+    for name in (*names, "x-envoy-max-retries", "x-envoy-retry-on", "x-target-cluster"):
         assert other.upstream.get(name) == first.upstream.get(name)
 
 
@@ -167,6 +169,7 @@ def test_a_token_reaches_no_expert(proxy: Proxy) -> None:
         )
         assert answer.upstream is not None
         assert answer.upstream["x-srp-subject"] == "ada"
+        assert answer.upstream["x-srp-issuer"] == tokens.ISSUER
         assert not {"authorization", "x-srp-downgrade", "x-requested-cluster"} & set(answer.upstream)
 
 
@@ -237,15 +240,22 @@ def test_a_body_of_another_length_than_announced_reaches_no_expert(it: Leased, p
     assert len(it.upstream.seen) == served
 
 
-@pytest.mark.parametrize("headers", [[("x-many", "1")] * 88, [(f"x-{n}", "a" * 7000) for n in range(8)]])
-def test_headers_that_leave_no_room_for_the_decision_get_the_same_status_as_without_leases(
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("x-many", "1")] * 90,
+        [("x-many", "1")] * 94,
+        [(f"x-{n}", "a" * 7000) for n in range(8)],
+    ],
+    ids=["90", "94", "56 KiB"],
+)
+def test_headers_that_leave_no_room_for_the_decision_are_rejected(
     it: Leased, proxy: Proxy, headers: list[tuple[str, str]]
 ) -> None:
-    """They would exceed Envoy's limits together with the decision's own headers."""
+    """431 before Envoy would fail to add the decision's own: with a warm lease as without."""
     assert proxy.leased(experts="A")
-    found, expected = (p.send(experts="A", headers=headers) for p in it.proxies)
-    assert found.status == expected.status
-    assert found.id != proxy.send(experts="A").id
+    for answer in (p.send(experts="A", headers=headers) for p in it.proxies):
+        assert (answer.status, answer.code) == (431, "headers_too_large")
 
 
 def test_a_decision_that_envoy_refuses_is_not_leased(it: Leased, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,9 +418,9 @@ def test_a_policy_that_envoy_refuses_ends_no_lease(it: Leased, proxy: Proxy, mon
     assert proxy.leased(experts="B")
 
 
-def test_no_leases_are_granted_while_one_envoy_lags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are granted for an epoch that every Envoy has. One that has it already has dropped the old leases."""
-    monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 0.2)
+def test_an_envoy_that_lags_keeps_the_others_from_leases_for_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that no push waits for it, and the Envoys that answer get leases. It joins again when it answers."""
+    monkeypatch.setattr(ext_authz.serve.control, "ACK_TIMEOUT", 2.0)
     with leased() as it:
         quick, slow = it.add_proxy(), it.add_proxy()
         it.wait_for_leases()
@@ -418,12 +428,23 @@ def test_no_leases_are_granted_while_one_envoy_lags(monkeypatch: pytest.MonkeyPa
         assert quick.send(experts="A").id == warm
         slow.process.send_signal(signal.SIGSTOP)
         try:
-            it.swap(it.text + "# while one sleeps\n")
-            assert not quick.leased(experts="A")
+            it.policy.write_text(it.text + "# while one sleeps\n")
+            swapping = asyncio.run_coroutine_threadsafe(it.control.reload(), it.loop._loop)
+            wait_for(lambda: it.control.lease_epoch is None, "the end of the grants")
+            assert not swapping.done()
+            assert it.authorization.epoch.grants is False
+            assert swapping.result(10)
+            it.wait_for_leases()
             assert quick.send(experts="A").id != warm
-            assert it.control.lease_epoch is None
+            assert quick.leased(experts="A")
+            began = time.monotonic()
+            it.swap(it.text + "# while it still sleeps\n")
+            assert time.monotonic() - began < 1.0
+            it.wait_for_leases()
+            assert quick.leased(experts="A")
         finally:
             slow.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: it.ads.settled, "the answer of the slow one")
         it.wait_for_leases()
         assert quick.leased(experts="A")
         assert slow.leased(experts="A")
