@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from envoy_data_plane.envoy.service.auth.v3 import CheckRequest
 from jwt.algorithms import get_default_algorithms
 
+from ext_authz.policyfile.parse import parse_policy
 from ext_authz.wire.twin import twins
 
 ISSUER = "https://idp.example.com/"
@@ -70,6 +71,12 @@ def policy(endpoint: str, lease: str = "0s") -> str:
             "gate": [{"path": "/route", "json": "/expert_names"}, {"prefix": "/", "header": "x-expert-names"}],
         }
     )
+
+
+def targets(endpoint: str) -> str:
+    """What the decision on a `hot` request sets as `x-target-cluster`."""
+    clusters = parse_policy(policy(endpoint), key_files=False).envoy_clusters
+    return ",".join(f"{clusters[name]};w=1;m=1024" for name in "AB")
 
 
 def request(names: str, bearer: str | None = None, body: bool = False) -> bytes:

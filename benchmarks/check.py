@@ -103,6 +103,7 @@ class Bench:
         upstream, *ports = parts.free_ports(1 + len(variants))
         self.ports = dict(zip((v.name for v in variants), ports, strict=True))
         self._write_policy(upstream)
+        self._targets = callers.targets(f"{parts.HOST}:{upstream}")
         self._stack = stack
         self._own(parts.upstream(directory, upstream))
         for server in ("srp", *sorted({v.server for v in variants if v.server} - {"srp"})):
@@ -185,7 +186,9 @@ class Bench:
         filters = None if v.server else parts.native() if v.name == "native" else []
         control, admin = ("leased", self.admin) if v.server == "leased" else ("srp", None)
         self.envoys[v.name] = self._own(
-            parts.envoy(self.directory, v.name, self.ports[v.name], v.server or "srp", filters, control, admin)
+            parts.envoy(
+                self.directory, v.name, self.ports[v.name], v.server or "srp", filters, self._targets, control, admin
+            )
         )
 
 

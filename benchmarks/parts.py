@@ -25,7 +25,6 @@ from ext_authz.wire.bootstrap import bootstrap, envoy_file
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy") or "envoy"
-TARGETS = "expert-a;w=1;m=1024,expert-b;w=1;m=1024"  # as set by the decision on a `hot` request
 
 _TICK = os.sysconf("SC_CLK_TCK")
 Json = dict[str, Any]
@@ -143,13 +142,14 @@ def envoy(
     port: int,
     authz: str,
     filters: Sequence[Json] | None = None,
+    targets: str = "",
     control: str = "srp",
     admin: int | None = None,
 ) -> Process:
     """Envoy with the project's own configuration and the ext_authz server on the socket `directory/authz`.
 
     The experts' clusters and the lease filter come from the server on `directory/control`. If `filters` are given, they
-    replace the lease filter and ext_authz, and every request goes to `TARGETS`. `admin` is the port of the admin
+    replace the lease filter and ext_authz, and every request goes to `targets`. `admin` is the port of the admin
     interface; None: no admin interface.
     """
     config = yaml.safe_load(
@@ -166,7 +166,7 @@ def envoy(
         manager["http_filters"][:2] = filters
         mutations = manager["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
         mutations.append(
-            {"append": {"header": {"key": "x-target-cluster", "value": TARGETS}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
+            {"append": {"header": {"key": "x-target-cluster", "value": targets}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
         )  # fmt: skip
     return _envoy(directory, name, config, port)
 
