@@ -289,7 +289,8 @@ class _Stream:
             if subscription.sent != version:
                 self._nonce += 1
                 nonce = str(self._nonce)
-                subscription.nonce, subscription.sent, subscription.error = nonce, version, None
+                subscription.nonce, subscription.sent = nonce, version
+                subscription.acked = subscription.error = None  # also if Envoy has had this version before
                 messages = [{"type_url": url, "value": m} for m in resources.types[url]]
                 response = _Response(version_info=version, type_url=url, nonce=nonce, resources=messages)
                 return bytes(response.SerializeToString())
