@@ -10,7 +10,6 @@ from ext_authz.core import strict_json
 from ext_authz.core.headers import (
     CONTENT_ENCODING,
     CONTENT_TYPE,
-    LISTS,
     PARTIAL_BODY,
     REQUESTED_CLUSTER,
     TARGET_CLUSTER,
@@ -26,7 +25,7 @@ _SHORT = 256  # characters; longer header values are not cached
 
 _NAME = re.compile(rf"[!-+\--:<-~]{{1,{MAX_NAME_LENGTH}}}", re.ASCII)  # visible ASCII without comma and semicolon
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
-_CHARSET = re.compile(r";\s*charset([^=;]*)=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+_CHARSET = re.compile(r";\s*charset([^=;]*)=([^;]*)", re.IGNORECASE)
 # What Envoy has not resolved or rejected: a dot segment with a parameter, escaped or behind a backslash. An expert that
 # drops `;x` and then resolves `..` serves another path than the one that was decided about.
 _DOT_SEGMENT = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:;[^/\\]*)?(?:[/\\]|$)|\\|%5c", re.IGNORECASE)
@@ -64,7 +63,7 @@ def _repeated_for_conditions(policy: Policy, request: Request) -> str | None:
     """
     if not policy.reads_request:
         return None
-    read = request.repeated - LISTS if policy.headers_read is None else request.repeated & policy.headers_read
+    read = request.repeated if policy.headers_read is None else request.repeated & policy.headers_read
     return min(read, default=None)
 
 
@@ -168,7 +167,13 @@ def _same_letters(a: str, b: str) -> bool:
 
 def _utf8(content_type: str) -> bool:
     """Whether the content type names no charset but UTF-8: with another, a reader would see different text."""
-    return all((rest.strip(), name.lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
+    return all((rest.strip(), _unquoted(name).lower()) in _UTF8 for rest, name in _CHARSET.findall(content_type))
+
+
+def _unquoted(value: str) -> str:
+    """A parameter's value, as a token or a quoted string (RFC 9110 §5.6.6), without white space around it."""
+    text = value.strip(" \t")
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def _checked(names: list[str]) -> Names:

@@ -38,10 +38,6 @@ TO_EXPERT = (TARGET_CLUSTER, SUBJECT, ISSUER, TIER, DECISION_ID, TIMEOUT, MAX_RE
 EXPERT = "x-srp-expert"
 ATTEMPTS = "x-srp-attempts"
 
-# Honest clients and proxies send these in several lines. No condition can read one that came so.
-LISTS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "cookie", "forwarded", "via",
-                   "x-forwarded-for"})  # fmt: skip
-
 # A request may have so many headers, so that those of a decision still fit under Envoy's own limits (envoy.yaml).
 MAX_LINES = 80
 MAX_SIZE = 48 * 1024  # bytes

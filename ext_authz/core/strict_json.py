@@ -73,7 +73,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 400:
+    if len(text.removeprefix("-")) > 400:
         raise ValueError("holds a number of over 400 digits")
     return int(text)
 

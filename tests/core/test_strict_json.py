@@ -23,6 +23,7 @@ GOOD: list[tuple[str, bytes, Any]] = [
     ("the largest float", b"1.7976931348623157e308", 1.7976931348623157e308),
     ("a float too small is zero", b"1e-999", 0.0),
     ("an integer of 400 digits", b"9" * 400, int("9" * 400)),
+    ("a negative integer of 400 digits", b"-" + b"9" * 400, -int("9" * 400)),
 ]
 
 
@@ -61,6 +62,7 @@ BAD = [
     ("a float too large", b"1e400", "holds a number that is too large"),
     ("a negative float too large", b"[-1e400]", "holds a number that is too large"),
     ("an integer of 401 digits", b"9" * 401, "holds a number of over 400 digits"),
+    ("a negative integer of 401 digits", b"-" + b"9" * 401, "holds a number of over 400 digits"),
     ("an integer of 100,000 digits", b"9" * 100_000, "holds a number of over 400 digits"),
     ("duplicate name", b'{"a": 1, "a": 1}', "has a duplicate name"),
     ("duplicate name by an escape", b'{"a": 1, "\\u0061": 1}', "has a duplicate name"),
