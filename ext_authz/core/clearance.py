@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ext_authz.core.condition import Truth, context
 from ext_authz.core.model import Claims
-from ext_authz.core.policy import Policy
+from ext_authz.core.policy import ClearanceRule, Policy
 
 MAX_KEY = 512  # characters of a set of claims; the tiers of larger sets are not cached
 
@@ -12,7 +12,8 @@ MAX_KEY = 512  # characters of a set of claims; the tiers of larger sets are not
 def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
     """The tier for verified claims, and the rules that could not be evaluated.
 
-    The first rule that holds gives the tier. If none holds, it is the lowest tier.
+    The first rule that holds gives the tier; if none holds, it is the lowest. A rule that could not be evaluated might
+    have held, so it caps the tier: nobody gets more because a rule failed than if it had held, or had not.
     """
     if not policy.clearance:
         return 0, ()
@@ -30,15 +31,24 @@ def clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
 
 
 def _clearance(policy: Policy, claims: Claims) -> tuple[int, tuple[str, ...]]:
-    variables = context(claims)
+    tier, _, errors = deciding(policy, claims)
+    return tier, errors
+
+
+def deciding(policy: Policy, claims: Claims) -> tuple[int, ClearanceRule | None, tuple[str, ...]]:
+    """The tier for claims, the rule that gave it (None: no rule, so the lowest tier), and the rules that failed."""
+    variables = context(claims_read(policy, claims))
     errors: list[str] = []
+    cap: ClearanceRule | None = None
     for rule in policy.clearance:
         truth = rule.when.holds(variables)
         if truth is Truth.YES:
-            return rule.tier, tuple(errors)
+            lower = cap if cap is not None and cap.tier < rule.tier else rule
+            return lower.tier, lower, tuple(errors)
         if truth is Truth.ERROR:
             errors.append(rule.when.where)
-    return 0, tuple(errors)
+            cap = rule if cap is None or rule.tier < cap.tier else cap
+    return 0, None, tuple(errors)
 
 
 def claims_read(policy: Policy, claims: Claims) -> Claims:

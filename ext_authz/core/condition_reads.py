@@ -45,17 +45,35 @@ def headers(condition: Condition) -> Members:
     read = members(condition, "request")
     if read is None or "headers" not in read:
         return None if read is None else frozenset()
+    found = _headers(condition)
+    return None if not found or None in found else frozenset(name for name in found if name is not None)
+
+
+def headers_named(condition: Condition) -> frozenset[str]:
+    """The request headers that the condition names, whatever else it may read."""
+    named = _headers(condition) if "request" in condition.reads else ()
+    return frozenset(name for name in named if name is not None)
+
+
+def _headers(condition: Condition) -> set[str | None]:
+    """For each place that reads `request.headers`, the header that it names; None if it may be any."""
     # `request.headers` in one of these forms only: the variable is then as good as one that is named `headers`.
     tokens = _tokens(condition.source)
-    starts = [i for i, t in enumerate(tokens) if t.text == "request" and _at(tokens, i + 2).text == "headers"]
-    found = {_read_at(_merged(tokens, i), i) for i in starts}
-    known = frozenset(name for name in found if name is not None)
-    return known if starts and len(known) == len(found) else None
+    found = set()
+    for index, token in enumerate(tokens):
+        width = _width(tokens, index) if token.text == "request" else 0
+        if width:
+            merged = [*tokens[:index], _Token("name", "headers"), *tokens[index + width :]]
+            found.add(_read_at(merged, index))
+    return found
 
 
-def _merged(tokens: list[_Token], index: int) -> list[_Token]:
-    """The tokens with the three of `request.headers` at `index` made one."""
-    return [*tokens[:index], _Token("name", "headers"), *tokens[index + 3 :]]
+def _width(tokens: list[_Token], index: int) -> int:
+    """How many tokens `request.headers` or `request["headers"]` at `index` takes; 0 if it is neither."""
+    _, one, two, three = (_at(tokens, index + n).text for n in range(4))
+    if (one, two) == (".", "headers"):
+        return 3
+    return 4 if one == "[" and two[1:-1] == "headers" and three == "]" else 0
 
 
 def _tokens(source: str) -> list[_Token]:

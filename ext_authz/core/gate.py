@@ -28,7 +28,7 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _CHARSET = re.compile(r";\s*charset([^=;]*)=([^;]*)", re.IGNORECASE)
 # What Envoy has not resolved or rejected: a dot segment with a parameter, escaped or behind a backslash. An expert that
 # drops `;x` and then resolves `..` serves another path than the one that was decided about.
-_DOT_SEGMENT = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:;[^/\\]*)?(?:[/\\]|$)|\\|%5c", re.IGNORECASE)
+_DOT_SEGMENT = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:(?:;|%3b)[^/\\]*)?(?:[/\\]|$)|\\|%5c", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _UTF8 = frozenset({("", "utf-8"), ("", "utf8"), ("", "us-ascii")})
 _ABSENT, _AMBIGUOUS = object(), object()

@@ -17,6 +17,8 @@ ACCESS_TOKEN = "x-expert-access-token"
 DOWNGRADE = "x-srp-downgrade"
 TOKEN_HEADERS = (AUTHORIZATION, ACCESS_TOKEN)
 
+HOST = "host"  # to conditions, the request's `:authority`
+
 # Set by Envoy, for ext_authz.
 REQUESTED_CLUSTER = "x-requested-cluster"  # the client's `x-target-cluster`, moved here before any filter runs
 PARTIAL_BODY = "x-envoy-auth-partial-body"
@@ -82,6 +84,23 @@ FIELDS = (
 
 # What changes if an expert on standby answers. Only Envoy knows whether one did.
 DEPENDS_ON_WHO_ANSWERS = frozenset({"x-srp-decision", "x-srp-reason"})
+
+
+def never_there(name: str) -> str | None:
+    """Why conditions never see a header of this name, in words; None if they may."""
+    if name == TARGET_CLUSTER:
+        return f"which conditions never see: the client's own is in `{REQUESTED_CLUSTER}`"
+    if name in TOKEN_HEADERS:
+        return "which conditions never see: it holds a token"
+    if name in NOT_SENT or name.startswith("x-b3-"):
+        return "which conditions never see: Envoy does not send it to ext_authz"
+    if name.startswith("x-envoy-") or (name.startswith("x-srp-") and name != DOWNGRADE):
+        return "which conditions never see: Envoy removes the client's own"
+    if name.startswith(":"):
+        return "which conditions never see: read `request.method`, `request.path` or the header `host`"
+    if name != name.lower() or "_" in name:
+        return "which no request has: names are in lower case, without `_`"
+    return None
 
 
 def removed(forward_token: bool) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import jwt
 from jwt.algorithms import get_default_algorithms
 
 from ext_authz.core import strict_json
-from ext_authz.core.clearance import clearance
+from ext_authz.core.clearance import claims_read, clearance
 from ext_authz.core.headers import TOKEN_HEADERS
 from ext_authz.core.jwk import Key
 from ext_authz.core.model import Claims, Identity, Reason, Refusal, Request
@@ -86,6 +86,10 @@ def verify(policy: Policy, keys: Keys, token: str, now: float) -> Identity | Ref
         if not _genuine(key, header.alg, signed, signature):
             raise _BadToken("the token's signature is not valid")
         expires = _claims(policy, issuer, claims, now)
+        if policy.max_entries is not None and _entries(claims_read(policy, claims)) > policy.max_entries:
+            raise _BadToken(
+                f"the token's claims hold over {policy.max_entries} entries, more than conditions go through"
+            )
     except _BadToken as e:
         return _invalid(str(e))
     tier, errors = clearance(policy, claims)
@@ -222,6 +226,13 @@ def _claims(policy: Policy, issuer: Issuer, claims: Claims, now: float) -> float
     if policy.revoked.covers(claims):
         raise _BadToken("the token is revoked")
     return exp + policy.leeway
+
+
+def _entries(value: Any) -> int:
+    """The members of all objects and the elements of all lists in it. Bounded: a token is at most 16 KiB, 16 deep."""
+    if isinstance(value, Mapping):
+        return len(value) + sum(map(_entries, value.values()))
+    return len(value) + sum(map(_entries, value)) if isinstance(value, list) else 0
 
 
 def _usable(subject: str) -> bool:

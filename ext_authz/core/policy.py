@@ -169,6 +169,7 @@ class Policy:
     `leeway` is in seconds. `forward_token` passes the caller's token on to the experts. `lease` is how many seconds
     Envoy may repeat a decision, 0: not at all; an expert's own `lease` overrides it.
     `claims_read` are the claims that conditions may read, `headers_read` the request's headers; None: any.
+    `max_entries` is how many elements and members those claims may have together; None: no condition has a macro.
     `tiers_cached` caches the result of `clearance` by the text of those claims. The result depends on nothing else but
     the policy, so an entry never goes stale.
     """
@@ -188,6 +189,7 @@ class Policy:
     reads_request: bool = False
     claims_read: frozenset[str] | None = None
     headers_read: frozenset[str] | None = frozenset()
+    max_entries: int | None = None
     lease: float = LEASE
     tiers_cached: Cache[str, tuple[int, tuple[str, ...]]] = field(
         default_factory=lambda: Cache(CACHED_TIERS), compare=False, repr=False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 
 from ext_authz.demo.children import DemoError
 
 HOST = "127.0.0.1"
+_PORTS = range(20_000, 32_000)
 
 
 def check_free(port: int, advice: str) -> None:
@@ -31,9 +33,13 @@ def free_port() -> int:
 
 
 def free_ports(n: int) -> list[int]:
-    """`n` different ports that are free now."""
+    """Different ports on which nothing listens now, below those that the kernel gives to outgoing connections: one of
+    them could be taken before it is used."""
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
+        while len(found) < n:
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, random.choice(_PORTS)))  # noqa: S311 - no secret
+                found.append(probe.getsockname()[1])
+    return found

@@ -31,4 +31,5 @@ def start(level: str, worker: int | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("cel").setLevel(logging.CRITICAL)  # of each call that fails, which is counted already
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs every change in the folder

@@ -5,7 +5,6 @@ It resolves references, compiles the conditions, and reports what refers to noth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -15,8 +14,8 @@ from typing import Any
 
 from ext_authz.core import jwk
 from ext_authz.core.condition import VARIABLES, Condition, compile_condition
-from ext_authz.core.condition_reads import Members, headers, members
-from ext_authz.core.headers import NOT_SENT, REQUESTED_CLUSTER, TARGET_CLUSTER, TOKEN_HEADERS
+from ext_authz.core.condition_reads import Members, headers, headers_named, members
+from ext_authz.core.headers import REQUESTED_CLUSTER, TARGET_CLUSTER, never_there
 from ext_authz.core.policy import (
     Body,
     ClearanceRule,
@@ -37,6 +36,7 @@ from ext_authz.policyfile.source import Mistakes, Place, Source, listed, printab
 
 DEFAULT_GATE = (GateRule("/", exact=False, source=Header("x-expert-names")),)
 MAX_SECRET = 4096  # bytes
+MAX_MACRO_RULES = 16  # clearance rules
 
 _TRAFFIC_KEYS = frozenset(f.name for f in fields(Traffic))
 _DEFAULT_TRAFFIC = Traffic()
@@ -49,11 +49,6 @@ HOLES: dict[str, Any] = {
     "experts": schema.Expert.model_construct(),
     "gate": schema.GateRule.model_construct({"path"}, default=["A"]),
 }
-_NAMES = "|".join((*map(re.escape, (*NOT_SENT, *TOKEN_HEADERS)), "x-b3-[a-z-]+"))
-# Where a condition reads a header that is never in `request.headers`: "it is absent" would hold for every request.
-_NEVER_SENT = re.compile(
-    rf"headers(?:[\"']\s*\])?\s*(?:\[\s*[\"']({_NAMES})[\"']|\.\s*({_NAMES})\b)|[\"']({_NAMES})[\"']\s+in\s+request\b"
-)
 
 
 class Compiler:
@@ -76,7 +71,9 @@ class Compiler:
         self._once(("log_claims",), file.log_claims)
         experts = {e.name: e for e in self._experts()}
         clearance = tuple(self._clearance())
+        whens = [rule.when for rule in clearance]
         allow = [e.allow for e in experts.values() if e.allow is not None]
+        self._few_macros(whens)
         return Policy(
             tiers=tuple(file.tiers),
             experts=MappingProxyType(experts),
@@ -90,8 +87,9 @@ class Compiler:
             log_claims=tuple(file.log_claims),
             digest=self._source.digest,
             clusters=MappingProxyType({e.cluster: e.name for e in experts.values()}),
-            claims_read=_read(partial(members, variable="claims"), [*(r.when for r in clearance), *allow]),
+            claims_read=_read(partial(members, variable="claims"), [*whens, *allow]),
             headers_read=_read(headers, allow),
+            max_entries=min((c.max_entries for c in (*whens, *allow) if c.max_entries is not None), default=None),
             reads_request=any("request" in condition.reads for condition in allow),
             lease=file.lease,
         )
@@ -146,6 +144,14 @@ class Compiler:
             tier = self._tier(rule.tier, (*path, "tier"))
             if when := self._condition(rule.when, (*path, "when"), frozenset({"claims"})):
                 yield ClearanceRule(when, tier)
+
+    def _few_macros(self, conditions: Sequence[Condition]) -> None:
+        """All of them may be evaluated for one token."""
+        with_macros = [c for c in conditions if c.max_entries is not None]
+        if len(with_macros) > MAX_MACRO_RULES:
+            last = with_macros[MAX_MACRO_RULES]
+            message = f"over {MAX_MACRO_RULES} rules whose condition has a macro (`exists`, `filter`, ...)"
+            self._mistakes.add((last.line, 1), ("clearance",), message)
 
     def _gate(self) -> Iterator[GateRule]:
         earlier: list[tuple[int, GateRule]] = []
@@ -227,8 +233,9 @@ class Compiler:
             reason = printable(str(e), 300)
             self._add(path, f"not a condition: {reason[:1].lower()}{reason[1:]}")
             return None
-        if "request" in condition.reads and (unsent := _NEVER_SENT.search(text)):
-            self._add(path, f"reads header {quoted(unsent[unsent.lastindex or 0])}, which conditions never see")
+        for name in sorted(headers_named(condition)):
+            if why := never_there(name):
+                self._add(path, f"reads header {quoted(name)}, {why}")
         return condition
 
     def _tier(self, name: str, path: Place) -> int:

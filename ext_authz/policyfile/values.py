@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator
 
 from ext_authz.core import policy
-from ext_authz.core.condition import MAX_LENGTH
+from ext_authz.core.cel_source import MAX_LENGTH
 from ext_authz.core.headers import NOT_SENT, REQUESTED_CLUSTER, TARGET_CLUSTER, TOKEN_HEADERS
 from ext_authz.core.jwks_url import jwks_url
 

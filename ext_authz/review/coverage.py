@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ext_authz.core.clearance import claims_read
-from ext_authz.core.condition import Truth, context
+from ext_authz.core.clearance import deciding
 from ext_authz.core.model import Decision, Identity, Refusal, Request
 from ext_authz.core.policy import Policy
 
@@ -54,11 +53,9 @@ class Coverage:
     def _clearance(self, caller: Identity) -> None:
         if caller.anonymous:
             return
-        variables = context(claims_read(self._policy, caller.claims))
-        for rule in self._policy.clearance:
-            if rule.when.holds(variables) is Truth.YES:
-                self._covered.add(rule.when.where)
-                return
+        _, rule, _ = deciding(self._policy, caller.claims)
+        if rule is not None:
+            self._covered.add(rule.when.where)
 
     def _experts(self, caller: Identity, decision: Decision) -> None:
         experts = self._policy.experts

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from math import inf
 
 from ext_authz.core import identity
-from ext_authz.core.clearance import claims_read, clearance
-from ext_authz.core.condition import Truth, context
+from ext_authz.core.clearance import clearance, deciding
 from ext_authz.core.decide import decide
 from ext_authz.core.model import Claims, Decision, Identity, Reason, Refusal, Request
 from ext_authz.core.policy import Policy
@@ -114,8 +113,8 @@ def _lines(policy: Policy, decision: Decision) -> Iterable[Line]:
 def _tier_rule(policy: Policy, caller: Identity) -> str:
     if caller.anonymous:
         return "anonymous"
-    variables = context(claims_read(policy, caller.claims))
-    for rule in policy.clearance:
-        if rule.when.holds(variables) is Truth.YES:
-            return f"line {rule.when.line}: {rule.when.where}"
-    return "no clearance rule matched: the lowest tier"
+    _, rule, errors = deciding(policy, caller.claims)
+    if rule is None:
+        return "no clearance rule matched: the lowest tier"
+    capped = " could not be evaluated: at most its tier" if rule.when.where in errors else ""
+    return f"line {rule.when.line}: {rule.when.where}{capped}"

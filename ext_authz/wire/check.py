@@ -76,6 +76,10 @@ class Raw:
                     repeated.append(name)
                 else:
                     found[name] = header.raw_value.decode("latin-1")
+        if wanted is None and self._http.host:
+            if headers.HOST in found:  # beside `:authority`, which is the host: there are two
+                repeated.append(headers.HOST)
+            found[headers.HOST] = self._http.host.lower()
         return Request(
             self._http.method, self.fingerprint[0], found, self.body, frozenset(repeated) if repeated else _NONE,
             len(sent), len(self._http.header_map),

@@ -103,7 +103,7 @@ HEADERS: list[tuple[str, frozenset[str] | None]] = [
     ('request.headers.exists(k, k == "a")', None),
     ("claims.h in request.headers", None),
     ('request.headers[claims.h] == "x"', None),
-    ('request["headers"]["a"] == "x"', None),
+    ('request["headers"]["a"] == "x"', frozenset({"a"})),
     ("size(request.headers) > 1", None),
 ]
 

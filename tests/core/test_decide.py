@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ext_authz.core.clearance import clearance
 from ext_authz.core.condition import Condition, compile_condition
-from ext_authz.core.decide import decide
+from ext_authz.core.decide import MAX_WORK, decide, readable
 from ext_authz.core.model import STATUS, Decision, Identity, Reason, Refusal, Request, Verdict, refuse
 from ext_authz.core.policy import ClearanceRule, Expert, Policy
 from tests.harness.strategies import HOLDS, callers, named, policies, requests
@@ -283,7 +283,7 @@ CLEARANCE = [
     ({"plan": "basic", "groups": ["staff"]}, MID, ()),
     ({"plan": "premium", "groups": ["staff"]}, HIGH, ()),
     ({"plan": "basic", "groups": []}, LOW, ()),
-    ({"groups": ["staff"]}, MID, ("clearance[0].when",)),
+    ({"groups": ["staff"]}, MID, ("clearance[0].when",)),  # at most HIGH
     ({}, LOW, ("clearance[0].when", "clearance[1].when")),
     ({"plan": True, "groups": "staff"}, LOW, ("clearance[1].when",)),
     ({"plan": "premium", "name": "\udc00"}, LOW, ("clearance[0].when", "clearance[1].when")),
@@ -292,7 +292,7 @@ CLEARANCE = [
 
 @pytest.mark.parametrize(("claims", "tier", "errors"), CLEARANCE)
 def test_clearance_is_the_first_rule_that_holds(claims: dict[str, Any], tier: int, errors: tuple[str, ...]) -> None:
-    """If none holds, it is the lowest tier. A rule that fails is skipped and named."""
+    """If none holds, it is the lowest tier. A rule that fails is named."""
     rules = (
         ClearanceRule(rule('claims.plan == "premium"', "clearance[0].when"), HIGH),
         ClearanceRule(rule('"staff" in claims.groups', "clearance[1].when"), MID),
@@ -301,6 +301,69 @@ def test_clearance_is_the_first_rule_that_holds(claims: dict[str, Any], tier: in
     reads = replace(TABLE, clearance=rules, claims_read=frozenset({"plan", "groups"}))
     odd = "name" in claims  # a claim that CEL cannot represent fails only the rules that may read it
     assert clearance(reads, claims) == ((HIGH, ()) if odd else (tier, errors))
+
+
+@pytest.mark.parametrize(
+    ("path", "read"),
+    [
+        ("/a%3Ab%40c%24%2B%2b", "/a:b@c$++"),
+        ("/a%21%26%27%28%29%2A%2C%3B%3D", "/a!&'()*,;="),
+        ("/a%253Ab", "/a%253Ab"),
+        ("/a%20b%C3%A9%2F%3F", "/a%20b%C3%A9%2F%3F"),
+        ("/a%3", "/a%3"),
+    ],
+)
+def test_a_condition_reads_a_path_without_the_escapes_that_it_needs_not(path: str, read: str) -> None:
+    """An expert unescapes them, so a condition on `/a:b` must see it."""
+    assert readable(Request("GET", path, {}))["path"] == read
+
+
+def test_one_decision_evaluates_a_bounded_number_of_conditions() -> None:
+    """A caller that names experts with long lists of stand-ins must not hold up the others. No match, never a grant."""
+    allow = compile_condition('claims.groups.exists(g, g == "x")', "allow", 1)
+    experts = {f"E{n}": Expert(f"E{n}", 0, f"e{n}", allow=allow) for n in range(MAX_WORK)}
+    caller = Identity(0, claims={"groups": ["x"]})
+    decision = decide(Policy(tiers=("low",), experts=experts), caller, experts, Request("GET", "/", {}))
+    assert decision.verdict is Verdict.DOWNGRADE
+    assert len(decision.serve) == MAX_WORK // 16
+    assert len(decision.errors) == MAX_WORK - MAX_WORK // 16
+
+
+CAPPED = [
+    # tiers of the rules, in order: `!` fails, `-` does not hold, `+` holds; the tier
+    ("!low +high", LOW),
+    ("!high +mid", MID),
+    ("!mid +high", MID),
+    ("!high !low !mid +high", LOW),
+    ("!high +high", HIGH),
+    ("+high !low", HIGH),
+    ("!high -high", LOW),
+    ("-low +high", HIGH),
+]
+
+
+@pytest.mark.parametrize(("rules", "tier"), CAPPED, ids=[rules for rules, _ in CAPPED])
+def test_a_rule_that_fails_caps_the_tier(rules: str, tier: int) -> None:
+    """It might have held, so nobody gets more by its failure than by its holding."""
+    sources = {"!": "claims.absent", "-": "false", "+": "true"}
+    tiers = ("low", "mid", "high")
+    made = tuple(ClearanceRule(rule(sources[r[0]], r), tiers.index(r[1:])) for r in rules.split())
+    assert clearance(replace(TABLE, clearance=made), {})[0] == tier
+
+
+@given(st.lists(st.tuples(st.sampled_from("!-+"), st.integers(0, 2)), max_size=6))
+def test_a_rule_that_fails_never_raises_the_tier(rules: list[tuple[str, int]]) -> None:
+    """The tier is the lowest that the caller might have had, whatever the failed rules would have said."""
+
+    def tier(outcomes: list[tuple[str, int]]) -> int:
+        sources = {"!": "claims.absent", "-": "false", "+": "true"}
+        made = tuple(ClearanceRule(rule(sources[sign], "here"), level) for sign, level in outcomes)
+        return clearance(replace(TABLE, clearance=made), {})[0]
+
+    possible = [[]]
+    for sign, level in rules:
+        possible = [[*p, (s, level)] for p in possible for s in ("-+" if sign == "!" else sign)]
+    assert tier(rules) == min(map(tier, possible))
 
 
 def test_without_clearance_rules_the_tier_is_the_lowest() -> None:

@@ -384,6 +384,7 @@ def test_a_charset_is_utf_8_as_a_whole_or_refused(content_type: str, expected: O
         ("/open/%2e%2e;/admin", BAD),
         ("/open/.%2E;a=b/admin", BAD),
         ("/open/%2e;/x", BAD),
+        ("/open/..%3B/admin", BAD),
         ("/open\\..;\\admin", BAD),
         ("/open%5cadmin", BAD),
         ("/a/..;", BAD),

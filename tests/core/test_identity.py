@@ -680,6 +680,28 @@ def test_nothing_is_revoked_unless_the_policy_says_so(keys: identity.Keys) -> No
     assert isinstance(verify(POLICY, keys, early, NOW), Identity)  # exactly then, not before
 
 
+@pytest.mark.parametrize(
+    ("claims", "refused_"),
+    [
+        ({"groups": ["g"] * 63}, False),  # and the list itself is a member
+        ({"groups": ["g"] * 64}, True),
+        ({"groups": {"a": [1, {"b": []}]}, "other": ["x"] * 2000}, False),
+        ({"groups": [[["g"] * 10] * 2] * 3}, True),
+        ({"groups": {str(n): n for n in range(64)}}, True),
+    ],
+)
+def test_claims_with_more_entries_than_macros_may_range_over_are_refused(
+    keys: identity.Keys, claims: dict[str, Any], refused_: bool
+) -> None:
+    """One signed token could otherwise hold up all other callers. Claims that no condition reads do not count."""
+    policy = replace(POLICY, claims_read=frozenset({"groups"}), max_entries=64)
+    found = verify(policy, keys, good(**claims), NOW)
+    assert isinstance(found, Refusal) is refused_
+    if isinstance(found, Refusal):
+        assert (found.reason, "over 64 entries" in found.detail) == (Reason.INVALID_TOKEN, True)
+    assert isinstance(verify(replace(policy, max_entries=None), keys, good(**claims), NOW), Identity)
+
+
 # ---- headers ---------------------------------------------------------------------------------------------------------
 
 AUTH, ACCESS = "authorization", "x-expert-access-token"

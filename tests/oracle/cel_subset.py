@@ -16,10 +16,16 @@ _RELATIONS = ("==", "!=", "<=", ">=", "<", ">", "in")
 
 def holds(text: str, variables: Variables) -> bool:
     """Whether a condition evaluates to `true`: neither an error nor any other value does."""
+    return truth(text, variables) is True
+
+
+def truth(text: str, variables: Variables) -> bool | None:
+    """What a condition evaluates to; None: neither `true` nor `false`."""
     try:
-        return compiled(text)(variables) is True
+        value = compiled(text)(variables)
     except CelError:
-        return False
+        return None
+    return value if isinstance(value, bool) else None
 
 
 def claims_read(text: str) -> set[str] | None:

@@ -103,7 +103,7 @@ def size(operand: Expression) -> Expression:
         value = operand(variables)
         if not isinstance(value, (str, list, dict)):
             raise CelError("no size")
-        return len(value.encode()) if isinstance(value, str) else len(value)
+        return len(value)
 
     return evaluate
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.oracle.cel_subset import claims_read, holds
+from tests.oracle.cel_subset import claims_read, holds, truth
 from tests.oracle.cel_terms import Variables
 
 Policy = Mapping[str, Any]
@@ -45,13 +45,18 @@ def _has_value(value: Any) -> bool:
 
 
 def tier_of(policy: Policy, variables: Variables, anonymous: bool) -> str:
-    """The caller's tier: the first clearance rule that holds, otherwise the lowest."""
+    """The caller's tier: the first clearance rule that holds, at most that of any before it that cannot be evaluated;
+    otherwise the lowest."""
     if anonymous:
         return str(policy["anonymous"])
+    tiers, failed = policy["tiers"], []
     for rule in policy.get("clearance", []):
-        if holds(rule["when"], variables):
-            return str(rule["tier"])
-    return str(policy["tiers"][0])
+        outcome = truth(rule["when"], variables)
+        if outcome:
+            return str(min([rule["tier"], *failed], key=tiers.index))
+        if outcome is None:
+            failed.append(rule["tier"])
+    return str(tiers[0])
 
 
 def decide(policy: Policy, tier: str, variables: Variables, requested: Sequence[str], downgrade: bool) -> Verdict:

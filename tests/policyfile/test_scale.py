@@ -8,8 +8,10 @@ from ext_authz.core.clearance import clearance
 from ext_authz.core.decide import decide
 from ext_authz.core.model import Identity, Reason, Request, Verdict
 from ext_authz.core.policy import Policy
+from ext_authz.policyfile.compile import MAX_MACRO_RULES
 from ext_authz.policyfile.parse import parse_policy
 from ext_authz.policyfile.schema import MAX_CLEARANCE, MAX_EXPERTS
+from ext_authz.policyfile.source import PolicyError
 
 GET = Request("GET", "/", {})
 
@@ -24,6 +26,17 @@ def policy() -> Policy:
         tier = f"high, downgrade_to: [E{n - 1}]" if n % 2 else "low"
         lines += [f"  E{n}: {{tier: {tier}, cluster: e{n}, endpoints: ['e{n}:8001']}}"]
     return parse_policy("\n".join(lines).encode())
+
+
+def test_more_clearance_rules_with_macros_than_one_token_may_cost_are_a_mistake() -> None:
+    """Each may be evaluated for one token; those without macros do not count."""
+    rule = "  - {when: 'claims.groups.exists(g, g == \"N\")', tier: low}\n"
+    head = "version: 1\ntiers: [low]\nanonymous: low\nexperts:\n  A: {tier: low, endpoints: [a:1]}\nclearance:\n"
+    plain = "  - {when: 'claims.plan == \"N\"', tier: low}\n"
+    rules = [rule.replace("N", str(n)) for n in range(MAX_MACRO_RULES)]
+    parse_policy(head + plain + "".join(rules))
+    with pytest.raises(PolicyError, match=rf":{8 + MAX_MACRO_RULES}:1: clearance: over 16 rules"):
+        parse_policy(head + plain + "".join([*rules, rule]))
 
 
 @pytest.mark.parametrize("plan", [0, 1, MAX_CLEARANCE - 2, MAX_CLEARANCE - 1, MAX_CLEARANCE])

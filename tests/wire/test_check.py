@@ -125,6 +125,16 @@ READS = [
         check_request(("x-a", b"1"), ("x-b", b"2"), ("x-a", b"3"), ("x-a", b"1")),
         Request("GET", "/", {"x-a": "1", "x-b": "2"}, repeated=frozenset({"x-a"}), lines=4, size=40),
     ),
+    (
+        "the host, which Envoy sends beside the headers",
+        check_request(("x-a", b"1"), host="Experts.Example.com:80"),
+        Request("GET", "/", {"x-a": "1", "host": "experts.example.com:80"}, lines=1, size=10),
+    ),
+    (
+        "two hosts",
+        check_request(("host", b"a"), host="b"),
+        Request("GET", "/", {"host": "b"}, repeated=frozenset({"host"}), lines=1, size=11),
+    ),
     ("a raw body", check_request(raw_body=b"\xff\x00"), Request("GET", "/", {}, b"\xff\x00")),
     ("a text body", check_request(body="é"), Request("GET", "/", {}, "é".encode())),
     ("empty", b"", Request("", "", {})),
